@@ -1,0 +1,1 @@
+"""The parts of the suite that its entry scripts share."""

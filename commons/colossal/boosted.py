@@ -1,0 +1,125 @@
+"""Colossal-AI's plans: plugins chosen from the configuration, wrapped by its Booster."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from commons.colossal.chunks import blocks_first, chunk_configuration
+from commons.colossal.runtime import prepare
+from commons.config import TrainConfig
+from commons.device import Device
+from commons.trainables import Update
+from commons.weights import decay_groups, seeded_init_
+from model_zoo import build_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class BoostedTrainable:
+    """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines."""
+
+    def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
+        self.booster, self.model, self.optimizer = booster, model, optimizer
+        self._adam = adam
+        self._no_sync = no_sync
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.booster.backward(loss, self.optimizer)
+
+    def step(self) -> Update:
+        updates = self._adam.updates
+        loss_scale = self._loss_scale()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        skipped = self._adam.updates == updates
+        norm = self.optimizer.get_grad_norm()
+        return Update(None if norm is None or skipped else norm / loss_scale, skipped)
+
+    def _loss_scale(self) -> float:
+        """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
+        mixins = (getattr(self.optimizer, name, None) for name in ("mix_precision_mixin", "mixed_precision_mixin"))
+        scalers = [mixin.grad_scaler for mixin in mixins if hasattr(mixin, "grad_scaler")]
+        return scalers[0].scale.item() if scalers else 1.0
+
+
+def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
+    """Wrap the model with GeminiPlugin (collective)."""
+    prepare(device.type)
+    from colossalai.booster.plugin import GeminiPlugin
+
+    placement = config.gemini_placement()
+    # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
+    offloads = placement["placement_policy"] == "auto" or placement["offload_optim_frac"] > 0
+    plugin = GeminiPlugin(
+        **placement,
+        precision=config.precision,
+        max_norm=config.clip_grad_norm,
+        max_prefetch=config.max_prefetch,
+        enable_gradient_accumulation=config.grad_accum > 1,
+        enable_async_reduce=True,
+        pin_memory=True,
+        chunk_config_dict=chunk_configuration(config.shape(), device.world_size),
+    )
+    plugin.gemini_config["pin_memory"] = device.type == "cuda" and offloads
+    model = _model(config, device, lazy=True)
+    if placement["placement_policy"] == "static":
+        plugin.gemini_config["memstats"] = blocks_first(model)
+    return _boost(plugin, model, config, no_sync=False)
+
+
+def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:
+    """Wrap the model with LowLevelZeroPlugin of ``stage`` 1 or 2 (collective)."""
+    prepare(device.type)
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    plugin = LowLevelZeroPlugin(
+        stage=stage, precision=config.precision, max_norm=config.clip_grad_norm, initial_scale=2**16
+    )
+    return _boost(plugin, _model(config, device, lazy=False), config, no_sync=stage == 1)
+
+
+def _model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
+    """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter into chunks."""
+    from colossalai.accelerator import get_accelerator
+    from colossalai.lazy import LazyInitContext
+
+    with LazyInitContext(default_device=get_accelerator().get_current_device()) if lazy else device.torch_device:
+        model = build_model(
+            config.shape(),
+            attention=config.attention,
+            dropout=config.dropout,
+            activation_checkpointing=config.activation_checkpointing == "on",
+        )
+    seeded_init_(model, config.seed, None if lazy else DTYPES[config.precision])
+    return model
+
+
+def _boost(plugin: Any, model: nn.Module, config: TrainConfig, *, no_sync: bool) -> BoostedTrainable:
+    from colossalai.booster import Booster
+
+    from commons.colossal.adam_kernels import SuiteAdam
+
+    adam = SuiteAdam(
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        adamw_mode=True,
+    )
+    booster = Booster(plugin=plugin)
+    boosted, optimizer, *_ = booster.boost(model, adam)
+    return BoostedTrainable(booster, boosted, optimizer, adam, no_sync)

@@ -1,0 +1,27 @@
+"""The one door between the plans and Colossal-AI: everything is imported, registered and mended here, once a process."""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def prepare(device_type: str) -> None:
+    """Make Colossal-AI ready for this process's device.
+
+    Args:
+        device_type: "cuda" or "cpu"; on "cpu" the host backend is installed.
+
+    Raises:
+        RuntimeError: Colossal-AI is missing or too old, or "cpu" was asked for where a CUDA device is visible.
+    """
+    from commons.colossal.imports import import_colossalai
+
+    import_colossalai()
+    from commons.colossal import adam_kernels
+
+    adam_kernels.register()
+    if device_type == "cpu":
+        from commons.colossal import host_backend
+
+        host_backend.install()

@@ -1,0 +1,246 @@
+"""TrainConfig: every setting of a run, what it means, what it is when nobody gives it.
+
+The flags are made from the fields (commons.cli), the fields are judged by commons.checks. Importing this module costs nothing:
+torch, transformers and the model table are imported when a command line is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from model_zoo import ModelShape
+
+# What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
+DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"model_type": "gpt2_medium", "batch_size": 16, "seq_len": 1024},
+    "cpu": {"model_type": "gpt2_tiny", "batch_size": 4, "seq_len": 64},
+}
+
+FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+
+# The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user gives; under "auto"
+# Gemini moves chunks by the memory that it sees and reads none of them.
+PLACEMENTS: dict[str, tuple[float, float, float]] = {
+    "static": (1.0, 0.0, 0.0),
+    "auto": (1.0, 0.0, 0.0),
+    "cuda": (1.0, 0.0, 0.0),
+    "cpu": (1.0, 1.0, 1.0),
+    "const": (1.0, 0.5, 0.0),
+}
+
+OnOff = Literal["on", "off"]
+
+
+def _flag(default: Any, text: str, metavar: str | None = None) -> Any:
+    """A field with its line in --help. The metadata are what argparse's add_argument is called with."""
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    _argument_group_name: ClassVar[str] = "Model"
+
+    model_type: str | None = _flag(
+        None, "size of the GPT-2, see the list below (default: gpt2_medium on a GPU, gpt2_tiny on a CPU)", "SIZE"
+    )
+    num_layers: int | None = _flag(None, "transformer blocks, instead of the size's own", "N")
+    hidden_size: int | None = _flag(None, "width of the residual stream, instead of the size's own", "N")
+    num_heads: int | None = _flag(None, "attention heads, instead of the size's own; must divide the hidden size", "N")
+    dropout: float = _flag(0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P")
+    attention: Literal["sdpa", "eager", "flash"] = _flag(
+        "sdpa",
+        "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain matrix products",
+    )
+    activation_checkpointing: OnOff = _flag(
+        "off", "on: keep only every block's input and recompute the rest in the backward pass; less memory, a third more work"
+    )
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    _argument_group_name: ClassVar[str] = "Plan"
+
+    distplan: str = _flag("CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN")
+    placement: Literal["auto", "static", "cuda", "cpu", "const"] = _flag(
+        "static",
+        "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while training; and three"
+        " names for fixed fractions, cuda: all on the device, cpu: parameters, gradients and optimizer on the host between"
+        " uses, const: half of the optimizer on the host",
+    )
+    shard_param_frac: float | None = _flag(
+        None, "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default: 1.0)", "FRAC"
+    )
+    offload_optim_frac: float | None = _flag(
+        None, "static: fraction of the optimizer's bytes kept on the host (default: 0.0)", "FRAC"
+    )
+    offload_param_frac: float | None = _flag(
+        None,
+        "static: fraction of the parameters' bytes kept on the host between uses; above 0 needs the other two at 1"
+        " (default: 0.0)",
+        "FRAC",
+    )
+    warmup_non_model_data_ratio: float = _flag(
+        0.8, "auto: share of device memory kept free of chunks in the first step, before memory use is known", "FRAC"
+    )
+    steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
+    max_prefetch: int = _flag(0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N")
+    tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
+    pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
+    zero_stage: int = _flag(
+        1, "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too", "N"
+    )
+    num_microbatches: int | None = _flag(
+        None, "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else batch_size)", "N"
+    )
+    num_model_chunks: int = _flag(1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N")
+    sequence_parallel: OnOff = _flag("off", "on: share activations between the tensor-parallel blocks along the sequence too")
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    _argument_group_name: ClassVar[str] = "Batch"
+
+    batch_size: int | None = _flag(
+        None, "sequences a data-parallel rank and micro-step (default: 16 on a GPU, 4 on a CPU)", "N"
+    )
+    seq_len: int | None = _flag(
+        None, "tokens a sequence, at most the model's positions (default: 1024 on a GPU, 64 on a CPU)", "N"
+    )
+    train_step: int = _flag(10, "optimizer steps in all", "N")
+    warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
+    grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
+    seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    _argument_group_name: ClassVar[str] = "Optimizer (AdamW)"
+
+    lr: float = _flag(3e-4, "learning rate after its warm-up", "LR")
+    lr_schedule: Literal["constant", "cosine"] = _flag("constant", "course of the learning rate; cosine ends at a tenth of it")
+    lr_warmup_step: int = _flag(0, "steps over which the learning rate grows from 0", "N")
+    weight_decay: float = _flag(0.01, "of weight matrices; biases and norms have none", "W")
+    beta1: float = _flag(0.9, "decay of the mean of gradients", "B")
+    beta2: float = _flag(0.95, "decay of the mean of squared gradients", "B")
+    adam_eps: float = _flag(1e-8, "added to the root of the mean of squared gradients", "EPS")
+    clip_grad_norm: float = _flag(0.0, "scale gradients down to this global norm; 0: never", "NORM")
+    precision: Literal["bf16", "fp16", "fp32"] = _flag(
+        "bf16", "of compute; master weights are fp32 always, fp16 has a dynamic loss scale"
+    )
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    _argument_group_name: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto: the GPUs where there are any, else the CPU")
+    timeout: float = _flag(600.0, "seconds after which a stuck collective, or the wait for another machine, ends the run", "SECONDS")
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    _argument_group_name: ClassVar[str] = "Output"
+
+    log_dir: str = _flag("gemini_logs", "folder that holds a folder a run", "DIR")
+    run_name: str | None = _flag(
+        None, "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and time)", "NAME"
+    )
+    measure_peak: bool = _flag(
+        False, "take the peak rate behind MFU from a matrix product measured here, not from the datasheet"
+    )
+    quiet: bool = _flag(False, "print no line a step, only the header and the end")
+
+
+# In the order of --help.
+FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags, OutputFlags)
+
+
+@dataclass(frozen=True)
+class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFlags, ModelFlags):
+    """The settings of a run, flat. None means: not chosen yet, :meth:`resolve` does. The groups exist for --help alone."""
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str]) -> TrainConfig:
+        """Read the command line of one rank (or of a plain ``python``): resolved and checked.
+
+        Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help`` exits with 0.
+        ``run_name`` stays None when it was not given: all ranks must agree on it, so device.launch's job makes it.
+        """
+        from commons.cli import read_rank_command_line
+
+        return read_rank_command_line(argv)
+
+    def resolve(self, device_type: str) -> TrainConfig:
+        """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Idempotent; only ``run_name`` may stay None.
+
+        Explicit values are kept even where they are wrong: commons.checks judges the result.
+        """
+        chosen = {"device": device_type, **DEVICE_DEFAULTS[device_type]}
+        for name, value in zip(FRACTIONS, PLACEMENTS[self.placement], strict=True):
+            chosen[name] = value
+        model_type = self.model_type or chosen["model_type"]
+        shape = _shape_or_none(model_type)
+        if shape is not None:
+            chosen |= {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_heads": shape.heads}
+            chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
+        batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
+        chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
+        unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
+        return dataclasses.replace(self, **unset)
+
+    def shape(self) -> ModelShape:
+        """The size of ``model_type`` with this configuration's overrides. KeyError for an unknown size."""
+        from model_zoo import MODEL_SIZES
+
+        overrides = {"layers": self.num_layers, "hidden": self.hidden_size, "heads": self.num_heads}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return dataclasses.replace(MODEL_SIZES[str(self.model_type)], **given)
+
+    def gemini_placement(self) -> dict[str, Any]:
+        """GeminiPlugin's arguments that say where chunks live; Colossal-AI itself knows only "static" and "auto"."""
+        if self.placement == "auto":
+            return {
+                "placement_policy": "auto",
+                "warmup_non_model_data_ratio": self.warmup_non_model_data_ratio,
+                "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
+            }
+        fractions = zip(FRACTIONS, PLACEMENTS[self.placement], strict=True)
+        given = {name: getattr(self, name) for name in FRACTIONS}
+        return {"placement_policy": "static"} | {
+            name: default if given[name] is None else given[name] for name, default in fractions
+        }
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tp_degree * self.pp_degree
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a job of ``world_size`` ranks."""
+        return world_size // self.model_parallel_size
+
+    def default_run_name(self, world_size: int, time_stamp: str) -> str:
+        """A folder name that says what ran: plan, size, data x tensor x pipeline degrees, precision, time."""
+        degrees = f"{self.data_parallel_size(world_size)}x{self.tp_degree}x{self.pp_degree}"
+        return f"{self.distplan}-{self.model_type}-{degrees}-{self.precision}-{time_stamp}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json: every setting by its flag's name, in the order of --help."""
+        return {f.name: getattr(self, f.name) for group in FLAG_GROUPS for f in dataclasses.fields(group)}
+
+
+def _shape_or_none(model_type: str) -> ModelShape | None:
+    from model_zoo import MODEL_SIZES
+
+    return MODEL_SIZES.get(model_type)
+
+
+def _default_microbatches(batch_size: int, pp_degree: int) -> int:
+    """One a stage keeps every stage busy once; a batch that cannot be cut so is cut into single sequences."""
+    if pp_degree <= 1:
+        return 1
+    return pp_degree if batch_size % pp_degree == 0 else max(1, batch_size)

@@ -1,0 +1,28 @@
+"""Batch streams. Every data-parallel rank draws its own tokens from ``seed + data-parallel rank``, the same in every plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def random_tokens(
+    *, batch_size: int, seq_len: int, vocab: int, seed: int, data_parallel_rank: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """An endless stream of uniformly random token batches.
+
+    The tokens are drawn on the host, so that a GPU run and a CPU run of the same seed see the same data.
+
+    Args:
+        batch_size: sequences a micro-batch on this data-parallel rank.
+        seq_len: tokens a sequence.
+        vocab: tokens are drawn from ``[0, vocab)``; the padded part of the vocabulary is never drawn.
+
+    Yields:
+        int64 tensors of shape ``(batch_size, seq_len)`` on ``device``.
+    """
+    generator = torch.Generator().manual_seed(seed + data_parallel_rank)
+    while True:
+        tokens = torch.randint(vocab, (batch_size, seq_len), generator=generator)
+        yield tokens.to(device, non_blocking=True)

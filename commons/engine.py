@@ -1,0 +1,226 @@
+"""From a configuration to a stream of step records: build a session, then step through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from commons import metrics
+from commons.config import TrainConfig
+from commons.data import random_tokens
+from commons.device import Device, MemoryUse, PhaseClock, measured_peak_flops, memory_use
+from commons.plans import PLANS, Plan
+from commons.trainables import Trainable, Update
+from model_zoo import ModelShape, padded_parameter_count, parameter_count
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model ready to train, and what the loop and the sinks must know about it.
+
+    Attributes:
+        peak_flops: of this device and precision, FLOP/s, from the datasheet or measured; None if unknown.
+    """
+
+    config: TrainConfig
+    device: Device
+    plan: Plan
+    shape: ModelShape
+    trainable: Trainable
+    peak_flops: float | None
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.device.rank // self.config.model_parallel_size
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Over all data-parallel ranks and micro-batches."""
+        config = self.config
+        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)  # pyright: ignore
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.config.seq_len  # pyright: ignore
+
+    def header(self) -> dict:
+        """What a reader of the log must know, for the sinks."""
+        config, world_size = self.config, self.device.world_size
+        return {
+            "model": config.model_type,
+            "parameters": parameter_count(self.shape),
+            "padded_parameters": padded_parameter_count(self.shape),
+            "plan": self.plan.name,
+            "placement": config.placement if self.plan.placement else None,
+            "dp": config.data_parallel_size(world_size),
+            "tp": config.tp_degree,
+            "pp": config.pp_degree,
+            "world_size": world_size,
+            "micro_batch_size": config.batch_size,
+            "grad_accum": config.grad_accum,
+            "global_batch_size": self.sequences_per_step,
+            "seq_len": config.seq_len,
+            "precision": config.precision,
+            "attention": config.attention,
+            "activation_checkpointing": config.activation_checkpointing,
+            "device_name": self.device.name,
+        }
+
+
+def build_session(config: TrainConfig, device: Device) -> Session:
+    """Build and wrap the model (collective). ``config`` is resolved and checked."""
+    plan = PLANS[config.distplan]
+    trainable = plan.build(config, device)
+    if config.measure_peak:
+        peak = measured_peak_flops(device, config.precision)
+    else:
+        peak = metrics.peak_flops(device.name, config.precision)
+    return Session(config, device, plan, config.shape(), trainable, peak)
+
+
+def batches(session: Session) -> Iterator[torch.Tensor]:
+    """This rank's stream of micro-batches: equal inside a tensor- or pipeline-parallel group, different between data-parallel ranks."""
+    config = session.config
+    return random_tokens(
+        batch_size=config.batch_size,  # pyright: ignore
+        seq_len=config.seq_len,  # pyright: ignore
+        vocab=session.shape.vocab,
+        seed=config.seed,
+        data_parallel_rank=session.data_parallel_rank,
+        device=session.device.torch_device,
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a cosine down to a tenth."""
+    if step <= config.lr_warmup_step:
+        return config.lr * step / config.lr_warmup_step
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (step - config.lr_warmup_step) / max(1, config.train_step - config.lr_warmup_step)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
+    """Train ``config.train_step`` steps, one record each (collective, the same record on every rank).
+
+    The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
+    """
+    stream, clock, skipped_steps = batches(session), PhaseClock(session.device), 0
+    with attention_backend(session.config.attention):
+        for step in range(1, session.config.train_step + 1):
+            lr = learning_rate(session.config, step)
+            for group in session.trainable.param_groups:
+                group["lr"] = lr
+            session.device.reset_peak_memory()
+            clock.start()
+            loss, update = _train_step(session, stream, clock)
+            step_seconds, phases = clock.stop()
+            skipped_steps += update.skipped
+            yield _record(session, step, lr, loss, update, skipped_steps, step_seconds, phases)
+
+
+def attention_backend(attention: str) -> AbstractContextManager:
+    """"flash" restricts torch's scaled_dot_product_attention to its flash kernel; the others leave it alone."""
+    if attention != "flash":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+
+
+def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock) -> tuple[torch.Tensor, Update]:
+    """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on the device."""
+    trainable, grad_accum = session.trainable, session.config.grad_accum
+    total = torch.zeros((), device=session.device.torch_device)
+    for index in range(grad_accum):
+        with trainable.micro_batch(last=index == grad_accum - 1):
+            clock.mark("forward")
+            loss = trainable.forward(next(stream)) / grad_accum
+            clock.mark("backward")
+            trainable.backward(loss)
+        total += loss.detach()
+    clock.mark("optimizer")
+    return total, trainable.step()
+
+
+def _record(
+    session: Session,
+    step: int,
+    lr: float,
+    loss: torch.Tensor,
+    update: Update,
+    skipped_steps: int,
+    step_seconds: float,
+    phases: dict[str, float],
+) -> metrics.StepRecord:
+    """Gather what the ranks saw into one record (collective: one small all-gather)."""
+    config, device = session.config, session.device
+    memory = memory_use(device)
+    ranks = _all_gather([step_seconds, loss.item(), *vars(memory).values()], device)
+    step_seconds = max(row[0] for row in ranks)
+    losses = [row[1] for row in ranks]
+    peaks = {name: max((row[2 + i], rank) for rank, row in enumerate(ranks)) for i, name in enumerate(vars(memory))}
+    flops = _flops_per_token(session)
+    model_tflops, hardware_tflops = (
+        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size) for count in flops
+    )
+    return metrics.StepRecord(
+        step=step,
+        loss=sum(losses) / len(losses),
+        lr=lr,
+        grad_norm=update.grad_norm,
+        step_seconds=step_seconds,
+        forward_seconds=phases.get("forward"),
+        backward_seconds=phases.get("backward"),
+        optimizer_seconds=phases.get("optimizer"),
+        tokens_per_second=metrics.tokens_per_second(session.tokens_per_step, step_seconds),
+        model_tflops_per_device=model_tflops,
+        hardware_tflops_per_device=hardware_tflops,
+        mfu=metrics.mfu(model_tflops, session.peak_flops),
+        skipped_steps=skipped_steps,
+        **_memory_fields(peaks),
+    )
+
+
+def _flops_per_token(session: Session) -> tuple[float, float]:
+    config = session.config
+    model = metrics.model_flops_per_token(session.shape, config.seq_len)  # pyright: ignore
+    hardware = metrics.hardware_flops_per_token(
+        session.shape,
+        config.seq_len,  # pyright: ignore
+        recompute=config.activation_checkpointing == "on",
+        attention=config.attention,
+    )
+    return model, hardware
+
+
+def _all_gather(values: list[float], device: Device) -> list[list[float]]:
+    """Every rank's ``values``, by rank (collective)."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device.torch_device)
+    gathered = mine.new_empty(device.world_size * len(values))
+    dist.all_gather_into_tensor(gathered, mine)
+    return gathered.view(device.world_size, -1).tolist()
+
+
+def _memory_fields(peaks: dict[str, tuple[float, int]]) -> dict:
+    """The record's memory fields from each measure's maximum over ranks and the rank that has it."""
+
+    def known(name: str) -> float | None:
+        value = peaks[name][0]
+        return None if math.isnan(value) else value
+
+    on_device = known("device_peak_mib") is not None
+    return {
+        "device_memory_allocated_mib": known("device_allocated_mib"),
+        "device_memory_reserved_mib": known("device_reserved_mib"),
+        "device_memory_peak_mib": known("device_peak_mib"),
+        "device_memory_peak_rank": peaks["device_peak_mib"][1] if on_device else None,
+        "host_memory_mib": peaks["host_mib"][0],
+        "host_memory_peak_rank": peaks["host_mib"][1],
+    }

@@ -1,0 +1,82 @@
+"""The plans: each a name, what it can do, and how it wraps model and optimizer. Adding a plan is one function and one entry in PLANS.
+
+This module is light to import (the configuration's checks read the table); torch and Colossal-AI are imported when a plan is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from commons.config import TrainConfig
+    from commons.device import Device
+    from commons.trainables import Trainable
+
+ALL_PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is spread over devices.
+
+    Attributes:
+        name: as given to ``--distplan``.
+        summary: one line for ``--help`` and the README.
+        build: wraps model and optimizer (collective).
+        precisions: what ``--precision`` may be.
+        placement: takes ``--placement`` and its fractions.
+        tensor_parallel, pipeline: takes ``--tp_degree``, ``--pp_degree`` above 1.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[TrainConfig, Device], Trainable]
+    precisions: tuple[str, ...] = ALL_PRECISIONS
+    placement: bool = False
+    tensor_parallel: bool = False
+    pipeline: bool = False
+
+
+def _gemini(config: TrainConfig, device: Device) -> Trainable:
+    from commons.colossal.boosted import build_gemini
+
+    return build_gemini(config, device)
+
+
+def _zero(stage: int) -> Callable[[TrainConfig, Device], Trainable]:
+    def build(config: TrainConfig, device: Device) -> Trainable:
+        from commons.colossal.boosted import build_zero
+
+        return build_zero(config, device, stage)
+
+    return build
+
+
+def _torch(kind: str) -> Callable[[TrainConfig, Device], Trainable]:
+    def build(config: TrainConfig, device: Device) -> Trainable:
+        from commons import torch_native
+
+        return torch_native.build(kind, config, device)
+
+    return build
+
+
+PLANS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        Plan(
+            "CAI_Gemini",
+            "Colossal-AI Gemini: parameters, gradients and optimizer states in sharded chunks that can live on the host (ZeRO-3)",
+            _gemini,
+            precisions=("bf16", "fp16"),
+            placement=True,
+        ),
+        Plan("CAI_ZeRO1", "Colossal-AI ZeRO-1: optimizer states sharded", _zero(1)),
+        Plan("CAI_ZeRO2", "Colossal-AI ZeRO-2: optimizer states and gradients sharded", _zero(2)),
+        Plan("Pytorch_DDP", "torch DistributedDataParallel: everything replicated", _torch("ddp")),
+        Plan("Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")),
+        Plan("Pytorch_FSDP", "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)", _torch("fsdp")),
+    )
+}

@@ -1,0 +1,106 @@
+"""torch's own plans: DistributedDataParallel, ZeroRedundancyOptimizer and FSDP2, with the same meaning of precision as the others."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commons.config import TrainConfig
+from commons.device import Device
+from commons.trainables import Update
+from commons.weights import decay_groups, seeded_init_
+from model_zoo import build_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INITIAL_LOSS_SCALE = 2.0**16
+
+
+class TorchTrainable:
+    """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._clip_grad_norm = config.clip_grad_norm
+        self._autocast_dtype = DTYPES[config.precision] if autocast and config.precision != "fp32" else None
+        self._device_type = device.type
+        fp16 = config.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=fp16)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        if isinstance(self.model, DistributedDataParallel):
+            return nullcontext() if last else self.model.no_sync()
+        self.model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]  (FSDP2 adds it)
+        return nullcontext()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self) -> Update:
+        norm = None
+        if self._clip_grad_norm > 0:
+            self._scaler.unscale_(self.optimizer)
+            total = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad_norm)
+            norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # pyright: ignore
+        scale = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = self._scaler.get_scale() < scale
+        return Update(None if skipped else norm, skipped)
+
+
+def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
+    """Wrap the model (collective). ``kind``: "ddp", "zero" or "fsdp"."""
+    with torch.device(device.torch_device):
+        model = build_model(
+            config.shape(),
+            attention=config.attention,
+            dropout=config.dropout,
+            activation_checkpointing=config.activation_checkpointing == "on",
+        )
+    seeded_init_(model, config.seed, DTYPES[config.precision])
+    if kind == "fsdp":
+        return _fully_sharded(model, config, device)
+    ddp = DistributedDataParallel(
+        model, device_ids=[device.local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    return TorchTrainable(ddp, _adamw(ddp, config, sharded=kind == "zero"), config, device, autocast=True)
+
+
+def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> TorchTrainable:
+    """Shard every block on its own and the rest together; parameters are cast to the compute dtype when they are gathered."""
+    try:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    except ImportError:  # torch 2.5 has it under its older address
+        from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (device.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else DTYPES[config.precision])
+    for block in model.transformer.h:  # pyright: ignore
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return TorchTrainable(model, _adamw(model, config, sharded=False), config, device, autocast=False)
+
+
+def _adamw(model: nn.Module, config: TrainConfig, sharded: bool) -> torch.optim.Optimizer:
+    """Fused AdamW, its states spread over the data-parallel ranks if ``sharded``."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    arguments: dict = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
+    groups = decay_groups(model, config.weight_decay)
+    if sharded:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **arguments)
+    return torch.optim.AdamW(groups, **arguments)

@@ -1,0 +1,51 @@
+"""What a plan hands to the training loop: a model and an optimizer behind the four calls that a step needs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global L2 norm of the unscaled gradients before clipping, where the plan knows it, else None.
+        skipped: the step was left out because fp16 gradients overflowed.
+    """
+
+    grad_norm: float | None
+    skipped: bool
+
+
+class Trainable(Protocol):
+    """A wrapped model and optimizer.
+
+    Attributes:
+        model: what :meth:`forward` runs.
+        param_groups: the optimizer's, to set the learning rate in.
+    """
+
+    model: nn.Module
+
+    @property
+    def param_groups(self) -> list[dict]: ...
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around one micro-batch's forward and backward; gradients need not be reduced before the ``last`` one."""
+        ...
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch, a scalar. ``tokens``: int64 of shape (micro-batch, sequence)."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def step(self) -> Update:
+        """Unscale, clip, update and clear the gradients (collective)."""
+        ...

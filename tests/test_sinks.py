@@ -1,0 +1,607 @@
+"""The console and the files of a run: real files, real pipes, a real terminal, a real kill and a full disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commons import environment, noise
+from commons.console_layout import COLUMNS, HEADS_EVERY_ROWS, StepLines, header_lines, number, summary_lines
+from commons.metrics import StepRecord
+from commons.sinks import (
+    LAUNCHER_VARIABLE,
+    JsonlSink,
+    SinkError,
+    SummarySink,
+    make_sinks,
+    open_sinks,
+    start_run_folder,
+    to_json,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONTROL_CHARACTER = re.compile(r"[^\n\x20-\x7e\x80-\U0010ffff]")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+GPU_RECORD = StepRecord(
+    step=1,
+    loss=10.8251,
+    lr=3e-4,
+    grad_norm=1.25,
+    step_seconds=0.1253,
+    forward_seconds=0.0352,
+    backward_seconds=0.0711,
+    optimizer_seconds=0.0190,
+    tokens_per_second=261_234.5,
+    model_tflops_per_device=331.4,
+    hardware_tflops_per_device=340.1,
+    mfu=0.335,
+    skipped_steps=0,
+    device_memory_allocated_mib=20_000.0,
+    device_memory_reserved_mib=43_210.0,
+    device_memory_peak_mib=43_001.0,
+    device_memory_peak_rank=1,
+    host_memory_mib=5_123.0,
+    host_memory_peak_rank=0,
+)
+CPU_RECORD = dataclasses.replace(
+    GPU_RECORD,
+    grad_norm=None,
+    mfu=None,
+    device_memory_allocated_mib=None,
+    device_memory_reserved_mib=None,
+    device_memory_peak_mib=None,
+    device_memory_peak_rank=None,
+    model_tflops_per_device=0.0213,
+)
+HEADER: Any = {
+    "model": "gpt2_medium",
+    "layers": 24,
+    "hidden": 1024,
+    "heads": 16,
+    "parameters": 354_823_168,
+    "padded_parameters": 354_871_296,
+    "plan": "CAI_Gemini",
+    "placement": "static",
+    "dp": 2,
+    "tp": 1,
+    "pp": 1,
+    "world_size": 2,
+    "micro_batch_size": 16,
+    "grad_accum": 1,
+    "tokens_per_step": 32_768,
+    "seq_len": 1024,
+    "precision": "bf16",
+    "attention": "sdpa",
+    "activation_checkpointing": "off",
+    "device": "cuda",
+    "device_name": "NVIDIA H200",
+    "peak_tflops_per_device": 989.4,
+}
+
+
+@dataclasses.dataclass
+class Config:
+    train_step: int = 3
+    warmup_step: int = 1
+    quiet: bool = False
+    log_dir: str = "logs"
+    run_name: str = "run"
+
+
+def strict_json(text: str) -> Any:
+    """Parse what any JSON reader takes: Python's own would also take NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- Real processes -----------------------------------------------------------------------------------------------
+
+# A run without a model: three steps, as slow as argv[2] says.
+RUN = """
+    import dataclasses, sys, time
+    from test_sinks import GPU_RECORD, HEADER, Config
+    from commons.sinks import make_sinks
+    sinks = make_sinks(sys.argv[1], Config(), HEADER)
+    for step in (1, 2, 3):
+        for sink in sinks:
+            sink.log(dataclasses.replace(GPU_RECORD, step=step))
+        time.sleep(float(sys.argv[2]))
+    for sink in sinks:
+        sink.report({})
+    for sink in sinks:
+        sink.close()
+"""
+
+
+def python(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+
+
+def surroundings(**changes: str) -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, sys.path)])
+    return {**inherited, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", "TERM": "xterm-256color", **changes}
+
+
+def in_pipe(script: str, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        python(script, *arguments), env=surroundings(**changes), capture_output=True, text=True, timeout=60
+    )
+
+
+def on_terminal(script: str, *arguments: object, columns: int = 80, **changes: str) -> str:
+    """What a process writes to a terminal of that width."""
+    terminal, process_side = pty.openpty()
+    fcntl.ioctl(process_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        python(script, *arguments), env=surroundings(**changes), stdin=process_side, stdout=process_side, stderr=process_side
+    )  # fmt: skip
+    os.close(process_side)
+    output = b""
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 1)[0]:
+                output += os.read(terminal, 65536)
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    finally:
+        os.close(terminal)
+        process.kill()
+        process.wait()
+    return output.decode()
+
+
+def test_a_pipe_gets_plain_unwrapped_lines_and_no_bar(tmp_path: Path) -> None:
+    run_dir = tmp_path / ("long" * 50)
+    done = in_pipe(RUN, run_dir, 0, FORCE_COLOR="1", COLUMNS="40", TTY_COMPATIBLE="1", TTY_INTERACTIVE="1")
+    assert done.returncode == 0, done.stderr
+    assert not CONTROL_CHARACTER.search(done.stdout)
+    assert "training" not in done.stdout and "ETA" not in done.stdout
+    assert f"run      {run_dir}" in done.stdout.splitlines()
+    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r" *\d/3 ", line)] == ["1/3", "2/3", "3/3"]
+    assert (run_dir / "console.log").read_text() == done.stdout
+
+
+def test_a_line_in_a_pipe_is_there_at_once(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        python(RUN, tmp_path / "run", 30), env=surroundings(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            deadline = time.monotonic() + 25
+            for line in process.stdout:
+                if " 1/3" in line:
+                    break
+            # The process now sleeps 30 s in its first step: a buffered line would only come after that.
+            assert time.monotonic() < deadline
+            assert " 1/3" in (tmp_path / "run/console.log").read_text()
+        finally:
+            process.kill()
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path) -> None:
+    output = on_terminal(RUN, tmp_path / "run", 0.05)
+    assert "training" in output and "ETA" in output and "3/3" in output
+    assert "\x1b[36m" in output  # colours
+    assert "\x1b[?25l" not in output  # a run that is killed must not leave a terminal without a cursor
+    last_bar = output.rindex("training")
+    assert "\x1b[2K" in output[last_bar:], "the bar stays on the screen"
+    assert "median" in output[last_bar:]
+    copy = (tmp_path / "run/console.log").read_text()
+    assert not CONTROL_CHARACTER.search(copy) and "training" not in copy
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_no_line_is_wider_than_the_terminal(
+    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a short name for the run's folder, which is never cut
+    output = on_terminal(RUN, "run", 0, columns=columns)
+    lines = [piece for line in ESCAPE.sub("", output).splitlines() for piece in line.split("\r")]
+    step_lines = [line for line in lines if re.match(r" *\d/3 ", line)]
+    assert len(step_lines) == 3
+    assert max(map(len, step_lines)) <= columns
+    assert max(map(len, lines)) <= max(columns, 80)
+    assert all("10.8251" in line and "331.4" in line for line in step_lines)
+
+
+def test_no_color_and_dumb_terminals(tmp_path: Path) -> None:
+    colour = re.compile(r"\x1b\[(?:\d+;)*[34][0-8](?:;[\d;]+)?m")
+    assert colour.search(on_terminal(RUN, tmp_path / "colour", 0))
+    assert not colour.search(on_terminal(RUN, tmp_path / "plain", 0, NO_COLOR="1"))
+    assert "ETA" not in on_terminal(RUN, tmp_path / "dumb", 0, TERM="dumb")
+
+
+def test_an_ascii_console_gets_ascii(tmp_path: Path) -> None:
+    for folder in ("ä", b"\xff".decode("utf-8", "surrogateescape")):
+        assert in_pipe(RUN, tmp_path / folder, 0).returncode == 0
+    done = in_pipe(RUN, tmp_path / "ä", 0, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="POSIX")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "dp 2 x tp 1 x pp 1" in done.stdout
+
+
+def test_the_launcher_keeps_console_log_itself(tmp_path: Path) -> None:
+    done = in_pipe(RUN, tmp_path / "run", 0, **{LAUNCHER_VARIABLE: "1"})
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+
+
+def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from commons.sinks import SinkError, make_sinks
+        from test_sinks import HEADER, Config
+        try:
+            make_sinks(sys.argv[1], Config(), HEADER)
+        except SinkError as error:
+            sys.exit(str(error))
+    """
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        python(script, tmp_path / "run"), env=surroundings(), stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60
+    )  # fmt: skip
+    os.close(write_end)
+    assert done.returncode == 1  # 120 where the interpreter failed once more at its exit
+    assert re.fullmatch(r"cannot write the console .*: Broken pipe; .+\n", done.stderr)
+
+
+def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:
+    script = """
+        import dataclasses, os, signal, sys
+        from pathlib import Path
+        from commons.sinks import JsonlSink
+        from test_sinks import GPU_RECORD
+        sink = JsonlSink(Path(sys.argv[1]))
+        for step in range(1, 6):
+            sink.log(dataclasses.replace(GPU_RECORD, step=step))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    path = tmp_path / "metrics.jsonl"
+    assert in_pipe(script, path).returncode == -signal.SIGKILL
+    assert [strict_json(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+# --- Failing to write ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    sink = JsonlSink(path)
+    with pytest.raises(SinkError) as caught:
+        sink.log(GPU_RECORD)
+    sink.close()
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value) == (
+        f"cannot write {path}: No space left on device; free some space there, or choose another disk with --log_dir"
+    )
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_and_the_old_summary(tmp_path: Path) -> None:
+    # A limit on the size of a file fails like a disk that fills up: the write that reaches it is cut short.
+    script = """
+        import dataclasses, resource, sys
+        from pathlib import Path
+        from commons.sinks import JsonlSink, SinkError, SummarySink
+        from test_sinks import GPU_RECORD
+        run_dir = Path(sys.argv[1])
+        sink, summary = JsonlSink(run_dir / "metrics.jsonl"), SummarySink(run_dir / "summary.json")
+        summary.report({"steps": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        for written in range(100):
+            try:
+                sink.log(dataclasses.replace(GPU_RECORD, step=written + 1))
+            except SinkError as error:
+                print(error)
+                break
+        print(written)
+        try:
+            summary.report({"long": "x" * 2000})
+        except SinkError as error:
+            print(error)
+    """
+    done = in_pipe(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    failure, written, summary_failure = done.stdout.splitlines()
+    assert failure.startswith(f"cannot write {tmp_path}/metrics.jsonl: File too large; ")
+    assert summary_failure.startswith(f"cannot write {tmp_path}/summary.json: File too large; ")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [strict_json(line)["step"] for line in lines] == list(range(1, int(written) + 1))
+    assert strict_json((tmp_path / "summary.json").read_text()) == {"steps": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json"]
+
+
+def test_a_real_small_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        sink = JsonlSink(disk / "metrics.jsonl")
+        with pytest.raises(SinkError, match=r"^cannot write .*metrics\.jsonl: No space left on device; free some"):
+            for step in range(1, 200):
+                sink.log(dataclasses.replace(GPU_RECORD, step=step))
+        sink.close()
+        lines = (disk / "metrics.jsonl").read_text().splitlines()
+        assert lines and [strict_json(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+        with pytest.raises(SinkError, match="summary.json"):
+            SummarySink(disk / "summary.json").report({"long": "x" * 40_000})
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SinkError, match=r"^cannot write .*file/run: Not a directory; .*--log_dir"):
+        make_sinks(tmp_path / "file/run", Config(), HEADER)
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session: Any = types.SimpleNamespace(
+        config=Config(log_dir=str(tmp_path)), device=types.SimpleNamespace(rank=0), header=lambda: HEADER
+    )
+    with open_sinks(session) as sinks:
+        for sink in sinks:
+            sink.log(GPU_RECORD)
+        for sink in sinks:
+            sink.report({"steps": 1})
+    run_dir = tmp_path / "run"
+    assert strict_json((run_dir / "config.json").read_text()) == dataclasses.asdict(session.config)
+    assert strict_json((run_dir / "env.json").read_text())["device_name"] == "NVIDIA H200"
+    assert strict_json((run_dir / "metrics.jsonl").read_text()) == dataclasses.asdict(GPU_RECORD)
+    assert strict_json((run_dir / "summary.json").read_text()) == {"steps": 1}
+    assert (run_dir / "console.log").read_text() == capsys.readouterr().out
+    assert (run_dir / "summary.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session: Any = types.SimpleNamespace(
+        config=Config(log_dir=str(tmp_path)), device=types.SimpleNamespace(rank=1), header=lambda: HEADER
+    )
+    with open_sinks(session) as sinks:
+        assert sinks == []
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_numbers_that_json_has_no_word_for(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(dataclasses.replace(GPU_RECORD, loss=float("nan"), grad_norm=float("inf")))
+    sink.close()
+    line = strict_json((tmp_path / "metrics.jsonl").read_text())
+    assert line.pop("non_finite") == {"loss": "nan", "grad_norm": "inf"}
+    assert line == {**dataclasses.asdict(GPU_RECORD), "loss": None, "grad_norm": None}
+    nested = strict_json(to_json({"a": [1.0, float("-inf")], "b": {"c": float("nan")}, "path": Path("x")}))
+    assert nested == {
+        "a": [1.0, None],
+        "b": {"c": None},
+        "path": "x",
+        "non_finite": {"a.1": "-inf", "b.c": "nan"},
+    }
+
+
+def test_quiet_leaves_header_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sinks = make_sinks(tmp_path / "run", Config(quiet=True), HEADER)
+    for sink in sinks:
+        sink.log(GPU_RECORD)
+    for sink in sinks:
+        sink.report({})
+    text = capsys.readouterr().out
+    assert "gpt2_medium" in text and "median" in text and "10.8251" not in text
+
+
+# --- Layout -------------------------------------------------------------------------------------------------------
+
+
+def layout(records: list[StepRecord], width: int = 200, ranks: int = 2) -> list[str]:
+    step_lines = StepLines(total_steps=len(records), warmup_step=0, ranks=ranks)
+    return [line.plain for record in records for line in step_lines.lines(record, width)]
+
+
+def test_the_header_tells_all() -> None:
+    text = "\n".join(line.plain for line in header_lines({**HEADER, "places": ["rank 0: dp 0"]}, "logs/run"))
+    for fact in ("354,823,168", "354,871,296", "CAI_Gemini", "static", "dp 2 × tp 1 × pp 1", "16 a rank", "32 in all",
+                 "1,024", "32,768", "bf16", "sdpa", "checkpointing off", "2 × NVIDIA H200", "989.4", "logs/run", "rank 0: dp 0"):  # fmt: skip
+        assert fact in text, fact
+    assert max(map(len, text.splitlines())) <= 80
+    assert header_lines({}, "logs/run")  # a header without facts is short, not an error
+    many = [f"rank {rank}" for rank in range(100)]
+    assert "and 84 more" in "\n".join(line.plain for line in header_lines({**HEADER, "places": many}, "logs/run"))
+
+
+def test_every_figure_stands_under_its_head() -> None:
+    heads, row = layout([GPU_RECORD])
+    ends = {column.title: heads.index(column.title) + len(column.title) for column in COLUMNS}
+    shown = {title: row[:end].split()[-1] for title, end in ends.items()}
+    assert shown == {
+        "loss": "10.8251",
+        "step ms": "125.3",
+        "fwd/bwd/opt": "35/71/19",
+        "tokens/s": "261,234",
+        "TFLOPS": "331.4",
+        "hw TFLOPS": "340.1",
+        "MFU": "33.5%",
+        "peak MiB": "43,001@1",
+        "host MiB": "5,123@0",
+        "lr": "3.00e-04",
+        "grad norm": "1.250",
+    }
+    assert "@" not in "".join(layout([GPU_RECORD], ranks=1))
+
+
+def test_80_columns_have_what_is_asked_for_on_every_device() -> None:
+    long_run = dataclasses.replace(GPU_RECORD, step_seconds=12.3456, tokens_per_second=1_234_567.0, loss=float("nan"))
+    steps = StepLines(total_steps=9_999, ranks=2)
+    gpu = [line.plain for line in steps.lines(long_run, 80)]
+    assert max(map(len, gpu)) <= 80
+    assert gpu[0].split() == "step loss step ms fwd/bwd/opt tokens/s TFLOPS MFU peak MiB grad norm".split()
+    cpu = layout([CPU_RECORD], 80)
+    assert max(map(len, cpu)) <= 80
+    assert "host MiB" in cpu[0] and "peak MiB" not in cpu[0] and "MFU" not in cpu[0] and "-" not in cpu[1].split()
+
+
+def test_a_skipped_step_is_marked_and_only_that_one() -> None:
+    fine = dataclasses.replace(GPU_RECORD, grad_norm=None)
+    skipped = dataclasses.replace(fine, skipped_steps=1)
+    lines = layout([fine, skipped, skipped, dataclasses.replace(fine, skipped_steps=2)], 80)
+    assert ["overflow" in line for line in lines if "/4" in line] == [False, True, False, True]
+    assert ["grad norm" in line for line in lines if "step" in line] == [False, True]  # the column comes when needed
+    assert max(map(len, lines)) <= 80
+
+
+def test_heads_come_again() -> None:
+    lines = layout([GPU_RECORD] * (HEADS_EVERY_ROWS + 1))
+    assert [index for index, line in enumerate(lines) if "loss" in line] == [0, HEADS_EVERY_ROWS + 1]
+
+
+def test_a_window_that_is_made_smaller() -> None:
+    steps = StepLines(total_steps=3, ranks=2)
+    assert max(len(line.plain) for line in steps.lines(GPU_RECORD, 200)) > 80
+    assert max(len(line.plain) for line in steps.lines(GPU_RECORD, 80)) <= 80
+    assert max(len(line.plain) for line in steps.lines(GPU_RECORD, 5)) <= 20  # the loss at least, no crash
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0"), (float("nan"), "nan"), (331.44, "331.4"), (1460.4, "1,460"), (9.8765, "9.877"),
+     (0.02131, "0.021"), (0.00002, "2.0e-05"), (-3.0, "-3.000")],
+)  # fmt: skip
+def test_number(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+# --- env.json -----------------------------------------------------------------------------------------------------
+
+
+def test_env_json_has_what_repeats_a_run_and_no_secret(tmp_path: Path) -> None:
+    environ = {"DISTPLAN": "CAI_Gemini", "CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "HF_TOKEN": "secret", "HOME": "/x"}
+    described = environment.describe_environment("cpu", ["python", "a b.py"], environ)
+    start_run_folder(tmp_path, Config(), described)
+    env = strict_json((tmp_path / "env.json").read_text())
+    assert env["command"] == "python 'a b.py'"
+    assert env["environment"] == {"CUDA_VISIBLE_DEVICES": "0", "DISTPLAN": "CAI_Gemini", "NCCL_DEBUG": "INFO"}
+    assert "secret" not in (tmp_path / "env.json").read_text()
+    assert env["versions"]["torch"] and env["python"] and env["cpu_cores"] >= 1 and env["host_memory_mib"] > 100
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", env["started_at"])
+
+
+def test_env_json_on_a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object, **named: object) -> Any:
+        raise OSError("broken")
+
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi
+    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(os, "sysconf", fail)
+    described = environment.describe_environment()
+    assert described["commit"] is None and described["nvidia_driver"] is None and described["host_memory_mib"] is None
+
+
+def test_the_commit_is_the_suites_own(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    assert environment.git_state(tmp_path) == (None, None)
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert environment.git_state(tmp_path) == (None, None)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-q", "--no-verify", "-m", "one"], check=True)
+    commit, changed = environment.git_state(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit or "") and changed is False
+    (tmp_path / "file").write_text("2")
+    assert environment.git_state(tmp_path) == (commit, True)
+    (tmp_path / "copy").mkdir()  # a copy of the suite inside somebody's repository
+    assert environment.git_state(tmp_path / "copy") == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2.0",
+     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC version: 12.2.0"],
+)  # fmt: skip
+def test_driver_version(tmp_path: Path, text: str) -> None:
+    (tmp_path / "version").write_text(text)
+    assert environment.nvidia_driver(tmp_path / "version") == "550.54.15"
+
+
+# --- Noise --------------------------------------------------------------------------------------------------------
+
+
+def test_importing_colossalai_says_nothing() -> None:
+    script = """
+        from commons.noise import quiet_libraries
+        quiet_libraries()
+        from commons.colossal.imports import import_colossalai
+        import_colossalai()
+        from colossalai.logging import get_dist_logger
+        get_dist_logger().info("chatter")
+        get_dist_logger().warning("what matters")
+    """
+    done = in_pipe(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "chatter" not in done.stdout and "what matters" in done.stdout
+
+
+def test_only_known_noise_goes() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        noise.quiet_libraries()
+        warnings.warn("Please install the latest tensornvme to use async save", UserWarning, stacklevel=1)
+        warnings.warn("loss is not finite", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["loss is not finite"]
+
+
+def test_quieting_twice_filters_once() -> None:
+    noise.quiet_libraries()
+    before = list(logging.getLogger("colossalai").filters)
+    noise.quiet_libraries()
+    assert logging.getLogger("colossalai").filters == before
+
+
+@pytest.mark.parametrize("entry", [*noise.KNOWN_WARNINGS, *noise.KNOWN_LOG_LINES], ids=lambda entry: entry.pattern[:30])
+def test_every_silenced_line_has_a_reason(entry: Any) -> None:
+    assert len(entry.why) > 20
+    re.compile(entry.pattern)
+
+
+def test_summary_lines_leave_out_what_nobody_measured() -> None:
+    text = [line.plain for line in summary_lines({})]
+    assert [line.strip() for line in text if line.strip()] == ["median        p10        p90"]

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Train a HuggingFace GPT-2 on random tokens under one of the plans and log TFLOPS and memory every step.
+
+    torchrun --nproc_per_node 2 train_gpt_demo.py --distplan CAI_Gemini --model_type gpt2_tiny
+    python train_gpt_demo.py --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from commons import device
+from commons.config import TrainConfig
+from commons.noise import quiet_libraries
+
+
+@record
+def main(argv: list[str]) -> None:
+    config = TrainConfig.from_cli(argv)
+    quiet_libraries()
+    here = device.launch(config.device, config.timeout)
+    try:
+        train(config, here)
+    finally:
+        device.teardown()
+
+
+def train(config: TrainConfig, here: device.Device) -> None:
+    """Build the session, train, and let rank 0 log it (collective)."""
+    from commons.engine import build_session, train_steps
+    from commons.metrics import summarize
+    from commons.sinks import SinkGroup, make_sinks
+
+    session = build_session(config, here)
+    run_name = config.run_name or config.default_run_name(here.world_size, time.strftime("%Y%m%d-%H%M%S"))
+    run_dir = Path(config.log_dir) / run_name
+    with make_sinks(run_dir, config, session.header()) if here.rank == 0 else SinkGroup() as sinks:
+        records = []
+        for step in train_steps(session):
+            sinks.log(step)
+            records.append(step)
+        sinks.report(summarize(records, config.warmup_step))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
