@@ -1,4 +1,5 @@
-"""The sizes of GPT-2 that the suite trains, their exact parameter counts, and how a model is built from a size.
+"""The sizes of GPT-2 that the suite trains, their exact parameter counts, and how a model is built from a
+size.
 
 ``python model_zoo.py`` prints the table. A new size is one entry in :data:`MODEL_SIZES`.
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 VOCAB_MULTIPLE = 128  # matmul dimensions that are multiples of 128 fill the tiles of every tensor core
+TABLE_WIDTH = 110  # columns of the printed table
 IGNORED_LABEL = -100  # what torch's cross_entropy leaves out by default
-ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "sdpa"}  # name here -> transformers' attn_implementation
+# name here -> transformers' attn_implementation
+ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,11 @@ class ModelShape:
         positions: rows of the position table, the longest sequence that the model takes.
         vocab: token ids that the model reads and predicts, before any padding.
 
+    Whether ``heads`` divides ``hidden`` is asked when a model is built, so that a configuration with that and
+    other faults can name them all.
+
     Raises:
-        ValueError: a number is not a positive integer, or ``hidden`` does not divide into ``heads``.
+        ValueError: a number is not a positive integer.
     """
 
     layers: int
@@ -42,17 +48,11 @@ class ModelShape:
     vocab: int = 50257
 
     def __post_init__(self) -> None:
-        wrong = [f"{name} {value!r}" for name, value in vars(self).items() if type(value) is not int or value < 1]
+        wrong = [
+            f"{name} {value!r}" for name, value in vars(self).items() if type(value) is not int or value < 1
+        ]
         if wrong:
             raise ValueError(f"a model's shape takes positive integers, got {', '.join(wrong)}")
-        if self.hidden % self.heads:
-            raise ValueError(
-                f"hidden size {self.hidden} does not divide into {self.heads} heads; "
-                f"take {_nearest_divisor(self.hidden, self.heads)} heads or a hidden size of {self._next_hidden()}"
-            )
-
-    def _next_hidden(self) -> int:
-        return -(-self.hidden // self.heads) * self.heads
 
     @property
     def head_dim(self) -> int:
@@ -65,13 +65,9 @@ class ModelShape:
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = (candidate for candidate in range(1, number + 1) if number % candidate == 0)
-    return min(divisors, key=lambda divisor: abs(divisor - wanted))
-
-
-# small to xl: OpenAI's published GPT-2 models. 2b to 40b: hidden size and layers of Colossal-AI's GPT example, with
-# heads of 128 instead of up to 512, which flash attention takes. gpt3_175b: Brown et al. 2020, table 2.1.
+# small to xl: OpenAI's published GPT-2 models. 2b to 40b: hidden size and layers of Colossal-AI's GPT
+# example, with heads of 128 instead of up to 512, which flash attention takes. gpt3_175b: Brown et al. 2020,
+# table 2.1.
 MODEL_SIZES: dict[str, ModelShape] = {
     "gpt2_tiny": ModelShape(layers=4, hidden=64, heads=4, positions=128, vocab=1000),
     "gpt2_small": ModelShape(layers=12, hidden=768, heads=12),
@@ -91,11 +87,11 @@ MODEL_SIZES: dict[str, ModelShape] = {
 }
 
 
-# --- Counting -----------------------------------------------------------------------------------------------------
+# --- Counting -----------------------------------------------------------------------------------------------
 
 
 def _block_parameter_count(hidden: int) -> int:
-    """Weights and biases of one block: qkv 3h²+3h, attention output h²+h, feed-forward 8h²+5h, two layer norms 4h."""
+    """One block: qkv 3h²+3h, attention output h²+h, feed-forward 8h²+5h, two layer norms 4h."""
     return 12 * hidden**2 + 13 * hidden
 
 
@@ -122,7 +118,7 @@ def flops_parameter_count(shape: ModelShape) -> int:
     return _without_embeddings(shape) + shape.vocab * shape.hidden
 
 
-# --- Building -----------------------------------------------------------------------------------------------------
+# --- Building -----------------------------------------------------------------------------------------------
 
 
 def build_model(
@@ -132,21 +128,21 @@ def build_model(
     dropout: float = 0.0,
     activation_checkpointing: bool = False,
 ) -> GPT2LMHeadModel:
-    """Build a GPT-2 with transformers' own weight initialisation, on torch's current default device and dtype.
+    """Build a GPT-2 with transformers' own initial weights, on torch's current default device and dtype.
 
-    The model is transformers' class itself and not a wrapper: Colossal-AI's shardformer looks its policy up by class
-    name. ``model(input_ids=tokens, labels=tokens)`` with tokens int64 [batch, sequence] gives ``loss``, an fp32 scalar
-    (:func:`next_token_loss`), and ``logits`` [batch, sequence, padded_vocab], of which the columns from ``shape.vocab``
-    on belong to padding and mean nothing.
+    The model is transformers' class itself and not a wrapper: Colossal-AI's shardformer looks its policy up
+    by class name. ``model(input_ids=tokens, labels=tokens)`` with tokens int64 [batch, sequence] gives
+    ``loss``, an fp32 scalar (:func:`next_token_loss`), and ``logits`` [batch, sequence, padded_vocab], of
+    which the columns from ``shape.vocab`` on belong to padding and mean nothing.
 
     Args:
-        attention: "sdpa" (torch's scaled_dot_product_attention), "flash" (the same; whoever runs the model restricts it
-            to its flash kernel) or "eager" (matmul, softmax, matmul).
+        attention: "sdpa" (torch's scaled_dot_product_attention), "flash" (the same; whoever runs the model
+            restricts it to its flash kernel) or "eager" (matmul, softmax, matmul).
         dropout: probability, the same for embeddings, attention weights and residuals.
-        activation_checkpointing: keep only the input of every block and compute the block again on the way back.
+        activation_checkpointing: keep only every block's input, and compute the block again going back.
 
     Raises:
-        ValueError: unknown attention, or a dropout outside [0, 1).
+        ValueError: unknown attention, a dropout outside [0, 1), or heads that do not divide the hidden size.
     """
     from transformers import GPT2LMHeadModel
 
@@ -165,14 +161,20 @@ def _transformers_config(shape: ModelShape, attention: str, dropout: float):
         raise ValueError(f"unknown attention {attention!r}; take one of {', '.join(ATTENTIONS)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    end_of_text = shape.vocab - 1  # 50256 in GPT-2's own vocabulary; transformers' default is out of a smaller one
+    if shape.hidden % shape.heads:
+        nearest = min(_divisors(shape.hidden), key=lambda heads: abs(heads - shape.heads))
+        raise ValueError(
+            f"{shape.heads} heads do not divide the hidden size {shape.hidden}; {nearest} heads would"
+        )
+    # 50256 in GPT-2's own vocabulary, which is transformers' default and out of a smaller one
+    end_of_text = shape.vocab - 1
     return GPT2Config(
         vocab_size=shape.padded_vocab,
         n_positions=shape.positions,
         n_embd=shape.hidden,
         n_layer=shape.layers,
         n_head=shape.heads,
-        activation_function="gelu_pytorch_tanh",  # gelu_new's function in one kernel instead of eight
+        activation_function="gelu_pytorch_tanh",  # gelu_new's function, in one kernel
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         resid_pdrop=dropout,
@@ -183,17 +185,21 @@ def _transformers_config(shape: ModelShape, attention: str, dropout: float):
     )
 
 
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
 def next_token_loss(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, *, vocab: int
 ) -> torch.Tensor:
     """Mean cross-entropy, in nats a token, of every position's prediction of the next token.
 
-    Padding columns are added -inf, so that their probability and their gradient are exactly zero: the loss is that of a
-    model without padding.
+    Padding columns are added -inf, so that their probability and their gradient are exactly zero: the loss is
+    that of a model without padding.
 
     Args:
         logits: [batch, sequence, padded vocabulary], any floating dtype; computed with in fp32.
-        labels: int64 [batch, sequence], the input tokens themselves; shifted in here. -100 is left out of the mean.
+        labels: int64 [batch, sequence], the input tokens themselves, shifted in here; -100 is left out.
         vocab_size: what transformers passes, the padded vocabulary; the logits say it already.
         vocab: columns that are token ids; the rest is padding.
 
@@ -207,35 +213,35 @@ def next_token_loss(
     from torch.nn import functional
 
     if labels.shape[-1] < 2:
-        raise ValueError(f"a sequence of {labels.shape[-1]} token has no next token to predict; seq_len must be at least 2")
+        raise ValueError("a sequence of one token has no next token to predict; seq_len must be at least 2")
     # labels move, not logits: a slice of the logits would copy the largest tensor of the step
     targets = functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
     padding = torch.zeros(logits.shape[-1], dtype=torch.float32, device=logits.device)
     padding[vocab:] = float("-inf")
-    # an addition of mixed dtypes converts to fp32 on its way: masking costs no pass over the logits of its own
+    # an addition of mixed dtypes converts to fp32 on its way, so that masking costs no pass of its own
     masked = logits + padding
     return functional.cross_entropy(masked.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_LABEL)
 
 
-# --- The table ----------------------------------------------------------------------------------------------------
+# --- The table ----------------------------------------------------------------------------------------------
 
 
 def _print_sizes() -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="GPT-2 sizes (the tied embedding once; padded: with the vocabulary as it is computed)")
-    table.add_column("size", no_wrap=True)
-    headings = ("layers", "hidden", "heads", "head_dim", "positions", "vocabulary", "parameters", "padded parameters")
-    for heading in headings:
+    table = Table("size", title="GPT-2 sizes; padded: with the vocabulary as it is computed", box=box.SIMPLE)
+    for heading in ("layers", "hidden", "heads", "head_dim", "positions", "vocab", "parameters", "padded"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, shape in MODEL_SIZES.items():
         numbers = (shape.layers, shape.hidden, shape.heads, shape.head_dim, shape.positions, shape.vocab)
         counts = (f"{parameter_count(shape):,}", f"{padded_parameter_count(shape):,}")
         table.add_row(name, *map(str, numbers), *counts)
     console = Console()
-    # in a pipe rich takes 80 columns and would cut the numbers
-    console.print(table, width=None if console.is_terminal else console.measure(table).maximum)
+    # rich takes 80 columns for a pipe and would cut the numbers
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
 
 
 if __name__ == "__main__":

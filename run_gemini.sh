@@ -19,7 +19,10 @@ if [[ ${1:-} == --doctor ]]; then
     # It has to work where nothing can be installed, so any Python will do.
     python="$(bash "$root/install.sh" --which 2>/dev/null)" ||
         python="$(type -P "$root/.venv/bin/python" python3 python python2 | head -n 1)" || true
-    [[ -n $python ]] || { echo "run_gemini.sh: error: no Python found: apt-get install python3 python3-venv" >&2; exit 1; }
+    if [[ -z $python ]]; then
+        echo "run_gemini.sh: error: no Python found: apt-get install python3 python3-venv" >&2
+        exit 1
+    fi
     exec "$python" -m commons.doctor "${@:2}"
 fi
 

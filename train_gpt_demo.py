@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -24,7 +22,7 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     here = device.launch(config.device, config.timeout)
     try:
-        train(config, here)
+        train(config.named(here.world_size), here)
     finally:
         device.teardown()
 
@@ -33,17 +31,18 @@ def train(config: TrainConfig, here: device.Device) -> None:
     """Build the session, train, and let rank 0 log it (collective)."""
     from commons.engine import build_session, train_steps
     from commons.metrics import summarize
-    from commons.sinks import SinkGroup, make_sinks
+    from commons.sinks import open_sinks
 
     session = build_session(config, here)
-    run_name = config.run_name or config.default_run_name(here.world_size, time.strftime("%Y%m%d-%H%M%S"))
-    run_dir = Path(config.log_dir) / run_name
-    with make_sinks(run_dir, config, session.header()) if here.rank == 0 else SinkGroup() as sinks:
+    with open_sinks(session) as sinks:
         records = []
         for step in train_steps(session):
-            sinks.log(step)
             records.append(step)
-        sinks.report(summarize(records, config.warmup_step))
+            for sink in sinks:
+                sink.log(step)
+        summary = summarize(records, config.warmup_step)
+        for sink in sinks:
+            sink.report(summary)
 
 
 if __name__ == "__main__":

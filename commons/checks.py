@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from commons.plans import Plan
     from model_zoo import ModelShape
 
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after the run
 MAX_GPU_HEAD_DIM = 256  # of torch's flash kernel
 DOCTOR = "bash run_gemini.sh --doctor"
@@ -27,7 +28,13 @@ DOCTOR = "bash run_gemini.sh --doctor"
 
 @dataclass(frozen=True)
 class Limit:
-    """The range of a number: ``low`` and ``high`` belong to it, ``above`` and ``below`` do not. ``works`` is shown as the way out."""
+    """The range of a number.
+
+    Attributes:
+        works: a value to suggest.
+        low, high: the least and the greatest value that is allowed.
+        above, below: the values that are not allowed any more.
+    """
 
     works: float
     low: float | None = None
@@ -127,8 +134,8 @@ def problems(
         problem = None if value is None else _number_problem(name, value, limit)
         if problem:
             found.append(problem)
-            wrong[name] = next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name)
-    # what depends on a number out of its range is judged with the default in its place: nothing to divide by zero
+            wrong[name] = DEFAULTS[name]
+    # what depends on a number out of its range is judged with the default in its place: no division by zero
     config = dataclasses.replace(config, **wrong).resolve(device_type)
     shape = config.shape() if _model_sizes().get(str(config.model_type)) else None
     job = Job(config, plan, shape, world_size, local_world_size or world_size, device_type, gpu_count)
@@ -191,17 +198,17 @@ def _steps(job: Job) -> Iterator[str]:
 
 
 def _sequence(job: Job) -> Iterator[str]:
-    config, shape = job.config, job.shape
-    if shape is not None and config.seq_len > shape.positions:  # pyright: ignore[reportOptionalOperand]
+    config, shape, seq_len = job.config, job.shape, job.config.seq_len or 0
+    if shape is not None and seq_len > shape.positions:
         yield (
-            f"--seq_len {config.seq_len} exceeds the {shape.positions} positions of {config.model_type}:"
+            f"--seq_len {seq_len} exceeds the {shape.positions} positions of {config.model_type}:"
             f" use --seq_len {shape.positions} or less"
         )
-    if config.sequence_parallel == "on" and config.seq_len % config.tp_degree:  # pyright: ignore[reportOptionalOperand]
-        fits = max(config.tp_degree, config.seq_len // config.tp_degree * config.tp_degree)  # pyright: ignore
+    if config.sequence_parallel == "on" and seq_len % config.tp_degree:
+        fits = max(config.tp_degree, seq_len // config.tp_degree * config.tp_degree)
         yield (
-            f"--sequence_parallel cuts the sequence into --tp_degree {config.tp_degree} parts, which do not divide"
-            f" --seq_len {config.seq_len}: use --seq_len {fits}"
+            f"--sequence_parallel cuts the sequence into --tp_degree {config.tp_degree} parts, which do not"
+            f" divide --seq_len {seq_len}: use --seq_len {fits}"
         )
 
 
@@ -214,19 +221,24 @@ def _heads(job: Job) -> Iterator[str]:
     counts = working_head_counts(shape, tp)
     way_out = f"use --num_heads {_either(counts)}" if counts else "choose a --hidden_size with more divisors"
     if shape.hidden % shape.heads:
-        yield f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
+        yield (
+            f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden}"
+            f" (--hidden_size): {way_out}"
+        )
     else:
         degrees = _either(_divisors(shape.heads)[:6])
         yield (
-            f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {job.config.model_type}: {way_out},"
-            f" or --tp_degree {degrees}"
+            f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {job.config.model_type}:"
+            f" {way_out}, or --tp_degree {degrees}"
         )
 
 
 def working_head_counts(shape: ModelShape, tp_degree: int) -> list[int]:
-    """Up to four head counts nearest to the size's own that divide its hidden size and that ``tp_degree`` divides.
+    """Up to four head counts nearest to the size's own that divide its hidden size and that ``tp_degree``
+    divides.
 
-    Head sizes stay between 16 and 128, what attention kernels are fast at, unless the hidden size allows none of these.
+    Head sizes stay between 16 and 128, what attention kernels are fast at, unless the hidden size allows none
+    of these.
     """
     fitting = [heads for heads in _divisors(shape.hidden) if heads % tp_degree == 0]
     usual = [heads for heads in fitting if 16 <= shape.hidden // heads <= 128]
@@ -246,7 +258,9 @@ def _widths(job: Job) -> Iterator[str]:
     for what, width in widths.items():
         if width % tp:
             degrees = [d for d in _divisors(math.gcd(*widths.values(), shape.heads)) if d <= 64]
-            yield f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}"
+            yield (
+                f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}"
+            )
 
 
 def _pipeline(job: Job) -> Iterator[str]:
@@ -255,8 +269,9 @@ def _pipeline(job: Job) -> Iterator[str]:
     parts = pp * config.num_model_chunks
     if shape is not None and shape.layers < parts:
         yield (
-            f"--pp_degree {pp} x --num_model_chunks {config.num_model_chunks} = {parts} parts, but {config.model_type} has"
-            f" {shape.layers} layers: use --pp_degree {min(pp, shape.layers)} --num_model_chunks 1, or --num_layers {parts}"
+            f"--pp_degree {pp} x --num_model_chunks {config.num_model_chunks} = {parts} parts, but"
+            f" {config.model_type} has {shape.layers} layers: use --pp_degree {min(pp, shape.layers)}"
+            f" --num_model_chunks 1, or --num_layers {parts}"
         )
     if batch % microbatches:
         yield (
@@ -266,13 +281,20 @@ def _pipeline(job: Job) -> Iterator[str]:
     if pp > 1 and (microbatches < pp or (config.num_model_chunks > 1 and microbatches % pp)):
         rule = "a multiple of" if config.num_model_chunks > 1 else "at least"
         yield (
-            f"--num_microbatches must be {rule} --pp_degree {pp} to keep every stage busy, got {microbatches}:"
-            f" use --num_microbatches {pp} with a --batch_size that is a multiple of it (--batch_size {pp * 2})"
+            f"--num_microbatches must be {rule} --pp_degree {pp} to keep every stage busy, got"
+            f" {microbatches}: use --num_microbatches {pp} with a --batch_size that is a multiple of it"
+            f" (--batch_size {pp * 2})"
         )
     if pp > 1 and config.zero_stage == 2:
-        yield "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use --zero_stage 1 or 0"
+        yield (
+            "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use"
+            " --zero_stage 1 or 0"
+        )
     if pp == 1 and config.num_model_chunks > 1:
-        yield f"--num_model_chunks {config.num_model_chunks} needs a pipeline: use --num_model_chunks 1, or --pp_degree 2"
+        yield (
+            f"--num_model_chunks {config.num_model_chunks} needs a pipeline: use --num_model_chunks 1, or"
+            " --pp_degree 2"
+        )
 
 
 # What a plan may lack: the attribute of Plan, and the settings that need it.
@@ -291,19 +313,15 @@ def _abilities(job: Job) -> Iterator[str]:
 
     if job.plan is None:
         return
-    untouched = TrainConfig().resolve(job.device_type)
     for ability, names in ABILITIES.items():
         if getattr(job.plan, ability):
             continue
         able = [plan.name for plan in PLANS.values() if getattr(plan, ability)]
+        other_plans = f", or use --distplan {_either(able)}" if able else ""
         for name in names:
-            value = getattr(job.config, name)
-            implied = name in FRACTIONS and value == PLACEMENTS[job.config.placement][FRACTIONS.index(name)]
-            if value != getattr(untouched, name) and not implied and not (name == "num_microbatches" and value == _derived(job)):
-                yield (
-                    f"--{name} {_shown(value)} means nothing to {job.plan.name}: leave it out"
-                    + (f", or use --distplan {_either(able)}" if able else "")
-                )
+            if _was_chosen(job, name):
+                value = _shown(getattr(job.config, name))
+                yield f"--{name} {value} means nothing to {job.plan.name}: leave it out{other_plans}"
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
         yield (
@@ -312,33 +330,34 @@ def _abilities(job: Job) -> Iterator[str]:
         )
 
 
-def _derived(job: Job) -> int | None:
-    return dataclasses.replace(job.config, num_microbatches=None).resolve(job.device_type).num_microbatches
+def _was_chosen(job: Job, name: str) -> bool:
+    """Whether a setting is other than it would be had nobody given it."""
+    without = dataclasses.replace(job.config, **{name: DEFAULTS[name]}).resolve(job.device_type)
+    return getattr(job.config, name) != getattr(without, name)
 
 
 def _placement(job: Job) -> Iterator[str]:
     config = job.config
     if job.plan is None or not job.plan.placement:
         return
-    given = {name: getattr(config, name) for name in FRACTIONS}
     if config.placement != "static":
-        for (name, value), implied in zip(given.items(), PLACEMENTS[config.placement], strict=True):
-            if value != implied:
+        for name, implied in zip(FRACTIONS, PLACEMENTS[config.placement], strict=True):
+            if _was_chosen(job, name):
                 fixed = "has none" if config.placement == "auto" else f"means --{name} {implied:g}"
                 yield (
-                    f"--{name} {value:g} contradicts --placement {config.placement}, which {fixed}:"
-                    f" leave it out, or use --placement static"
+                    f"--{name} {getattr(config, name):g} contradicts --placement {config.placement}, which"
+                    f" {fixed}: leave it out, or use --placement static"
                 )
-    elif config.offload_param_frac > 0 and (config.shard_param_frac, config.offload_optim_frac) != (1, 1):  # pyright: ignore
+    elif config.offload_param_frac and (config.shard_param_frac, config.offload_optim_frac) != (1, 1):
         yield (
-            f"--offload_param_frac {config.offload_param_frac:g} would be ignored: Gemini keeps parameters on the host only"
-            f" with --shard_param_frac 1 --offload_optim_frac 1, got {config.shard_param_frac:g} and"
-            f" {config.offload_optim_frac:g}: add these two, or use --offload_param_frac 0"
+            f"--offload_param_frac {config.offload_param_frac:g} would be ignored: Gemini keeps parameters"
+            " on the host only with --shard_param_frac 1 --offload_optim_frac 1, got"
+            f" {config.shard_param_frac:g} and {config.offload_optim_frac:g}: add these two, or use"
+            " --offload_param_frac 0"
         )
     if config.placement != "auto":
-        defaults = TrainConfig()
         for name in ("warmup_non_model_data_ratio", "steady_cuda_cap_ratio"):
-            if getattr(config, name) != getattr(defaults, name):
+            if _was_chosen(job, name):
                 yield f"--{name} is read under --placement auto only: leave it out, or use --placement auto"
 
 
@@ -350,8 +369,9 @@ def _layout(job: Job) -> Iterator[str]:
     if job.world_size % (tp * pp):
         fits = -(-job.world_size // (tp * pp)) * tp * pp
         yield (
-            f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and {_count(job.world_size, 'rank')}"
-            f" cannot be shared out so: start {fits} ranks (GPUNUM={fits} on one machine), or lower a degree"
+            f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and"
+            f" {_count(job.world_size, 'rank')} cannot be shared out so: start {fits} ranks (GPUNUM={fits}"
+            " on one machine), or lower a degree"
         )
 
 
@@ -368,7 +388,8 @@ def _kernels(job: Job) -> Iterator[str]:
     if job.shape is not None and job.device_type == "cuda" and job.shape.head_dim > MAX_GPU_HEAD_DIM:
         yield (
             f"--attention flash takes heads of at most {MAX_GPU_HEAD_DIM}, got {job.shape.head_dim}:"
-            f" use --num_heads {_either(working_head_counts(job.shape, config.tp_degree))}, or --attention sdpa"
+            f" use --num_heads {_either(working_head_counts(job.shape, config.tp_degree))}, or --attention"
+            " sdpa"
         )
 
 
@@ -385,17 +406,25 @@ def _machine(job: Job) -> Iterator[str]:
 
 
 def _output(job: Job) -> Iterator[str]:
-    folder, name = Path(job.config.log_dir).expanduser(), job.config.run_name
+    folder, name = Path(job.config.log_dir), job.config.run_name
     yield from _folder_problem(folder)
     if name is None:
         return
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or len(name) > MAX_RUN_NAME:
         yield (
-            f"--run_name {name!r} must be a folder's name of at most {MAX_RUN_NAME} characters, inside --log_dir:"
-            f" use one without '/', for example --run_name {_plain(name)}"
+            f"--run_name {name!r} must be a folder's name of at most {MAX_RUN_NAME} characters, inside"
+            f" --log_dir: use one without '/', for example --run_name {_plain(name)}"
         )
-    elif (folder / name / "config.json").exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        yield f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that folder away"
+    elif (folder / name / "config.json").exists() and not _is_restart():
+        yield (
+            f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that"
+            " folder away"
+        )
+
+
+def _is_restart() -> bool:
+    """Whether torchelastic started this rank again: it goes on in the folder that it had."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _folder_problem(folder: Path) -> Iterator[str]:
@@ -406,7 +435,10 @@ def _folder_problem(folder: Path) -> Iterator[str]:
     if not existing.is_dir():
         yield f"--log_dir {folder}: {existing} is a file, not a folder: choose another --log_dir"
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"--log_dir {folder}: {existing} cannot be written to by this user: choose another --log_dir, or chmod u+w it"
+        yield (
+            f"--log_dir {folder}: {existing} cannot be written to by this user: choose another --log_dir, or"
+            " chmod u+w it"
+        )
 
 
 def _plain(name: str) -> str:
@@ -424,5 +456,16 @@ def _count(number: int, noun: str) -> str:
 
 
 CHECKS = (
-    _names, _steps, _sequence, _heads, _widths, _pipeline, _abilities, _placement, _layout, _kernels, _machine, _output,
-)  # fmt: skip
+    _names,
+    _steps,
+    _sequence,
+    _heads,
+    _widths,
+    _pipeline,
+    _abilities,
+    _placement,
+    _layout,
+    _kernels,
+    _machine,
+    _output,
+)

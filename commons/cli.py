@@ -1,7 +1,7 @@
 """From a command line to a TrainConfig, with everything that is wrong with it told at once.
 
-transformers' HfArgumentParser makes the flags from the dataclass. argparse itself would stop at the first mistake, so it only
-splits the words here; their values are read and judged by this module.
+transformers' HfArgumentParser makes the flags from the dataclass. argparse itself would stop at the first
+mistake, so it only splits the words here; their values are read and judged by this module.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from commons.config import FLAG_GROUPS, TrainConfig
 CONFIG_ERROR = 2  # exit code, argparse's own
 
 DESCRIPTION = """\
-Trains a GPT-2 on random tokens under one of the plans below and tells, every step, how fast it was (tokens a second,
-TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every setting has a default
-that fits the device. Each run leaves config.json, env.json, metrics.jsonl and summary.json in a folder of its own in
---log_dir. Dashes instead of underscores work in every flag."""
+Trains a GPT-2 on random tokens under one of the plans below and tells, every step, how fast it was (tokens
+a second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every
+setting has a default that fits the device. Each run leaves config.json, env.json, metrics.jsonl and
+summary.json in a folder of its own in --log_dir. Dashes instead of underscores work in every flag."""
 
 EXAMPLES = """\
 examples:
@@ -46,7 +46,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
             return super()._format_action_invocation(action)
         if isinstance(action.const, bool):
             return action.option_strings[0]
-        metavar = action.metavar or "{%s}" % ",".join(map(str, action.choices or ()))
+        metavar = action.metavar or f"{{{','.join(map(str, action.choices or ()))}}}"
         return f"{action.option_strings[0]} {metavar}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -54,7 +54,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def help_text(prog: str, *sections: str) -> str:
-    """The manual that --help prints; ``sections`` come between the lists of plans and sizes and the examples."""
+    """The manual that --help prints; ``sections`` come before the examples."""
     parser = _build_parser(
         prog=prog,
         usage=f"{prog} [flags]",
@@ -76,7 +76,9 @@ def _plan_list() -> str:
     from commons.plans import PLANS
 
     width = max(map(len, PLANS)) + 2
-    return "\n".join(["plans (--distplan):", *(f"  {name:{width}}{plan.summary}" for name, plan in PLANS.items())])
+    return "\n".join(
+        ["plans (--distplan):", *(f"  {name:{width}}{plan.summary}" for name, plan in PLANS.items())]
+    )
 
 
 def _size_list() -> str:
@@ -84,7 +86,8 @@ def _size_list() -> str:
 
     width = max(map(len, MODEL_SIZES)) + 2
     sizes = (
-        f"  {name:{width}}{s.layers:4} layers, hidden size {s.hidden:5}, {s.heads:3} heads" for name, s in MODEL_SIZES.items()
+        f"  {name:{width}}{s.layers:4} layers, hidden size {s.hidden:5}, {s.heads:3} heads"
+        for name, s in MODEL_SIZES.items()
     )
     return "\n".join(["sizes (--model_type):", *sizes])
 
@@ -101,8 +104,8 @@ class CommandLine:
     given: dict[str, Any]
     problems: list[str]
 
-    def config(self, **overrides: Any) -> TrainConfig:
-        return TrainConfig(**{**self.given, **overrides})
+    def config(self) -> TrainConfig:
+        return TrainConfig(**self.given)
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -146,10 +149,12 @@ def read_value(name: str, text: str | None, hint: Any, label: str | None = None)
     try:
         return read(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{label} must be {description}, got {text!r}: try {label} {_example(name)}") from None
+        raise ValueError(
+            f"{label} must be {description}, got {text!r}: try {label} {_example(name)}"
+        ) from None
 
 
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     bool: (lambda text: TRUTH[text.lower()], "true or false"),
@@ -163,7 +168,9 @@ def _example(name: str) -> str:
     if name in LIMITS:
         return f"{LIMITS[name].works:g}"
     default = getattr(TrainConfig().resolve("cpu"), name)
-    return "my_run" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    if default is None:
+        return "my_run"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -173,7 +180,9 @@ def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
         is_flag = word.startswith("-") and len(word) > 1
         if is_flag:
             flag = word.split("=", 1)[0]
-            close = difflib.get_close_matches(flag.replace("-", "_"), [f.replace("-", "_") for f in flags], n=2, cutoff=0.6)
+            close = difflib.get_close_matches(
+                flag.replace("-", "_"), [f.replace("-", "_") for f in flags], n=2, cutoff=0.6
+            )
             names = dict.fromkeys("--" + name.lstrip("_") for name in close)
             hint = f"did you mean {' or '.join(names)}?" if names else "see --help"
             found.append(f"{flag} is no flag: {hint}")
@@ -221,7 +230,7 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Tr
 
 
 def find_devices(wanted: str) -> tuple[str, int]:
-    """The device type that ``wanted`` (auto, cuda, cpu) comes out as here, and the number of GPUs that can be used."""
+    """What ``wanted`` (auto, cuda, cpu) comes out as here, and the number of GPUs that can be used."""
     from commons.device import detect_type
 
     device_type = detect_type(wanted)

@@ -1,12 +1,13 @@
 """TrainConfig: every setting of a run, what it means, what it is when nobody gives it.
 
-The flags are made from the fields (commons.cli), the fields are judged by commons.checks. Importing this module costs nothing:
-torch, transformers and the model table are imported when a command line is read.
+The flags are made from the fields (commons.cli), the fields are judged by commons.checks. Importing this
+module costs nothing: torch, transformers and the model table are imported when a command line is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,8 +23,8 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 
-# The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user gives; under "auto"
-# Gemini moves chunks by the memory that it sees and reads none of them.
+# The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user
+# gives; under "auto" Gemini moves chunks by the memory that it sees and reads none of them.
 PLACEMENTS: dict[str, tuple[float, float, float]] = {
     "static": (1.0, 0.0, 0.0),
     "auto": (1.0, 0.0, 0.0),
@@ -31,8 +32,6 @@ PLACEMENTS: dict[str, tuple[float, float, float]] = {
     "cpu": (1.0, 1.0, 1.0),
     "const": (1.0, 0.5, 0.0),
 }
-
-OnOff = Literal["on", "off"]
 
 
 def _flag(default: Any, text: str, metavar: str | None = None) -> Any:
@@ -45,18 +44,27 @@ class ModelFlags:
     _argument_group_name: ClassVar[str] = "Model"
 
     model_type: str | None = _flag(
-        None, "size of the GPT-2, see the list below (default: gpt2_medium on a GPU, gpt2_tiny on a CPU)", "SIZE"
+        None,
+        "size of the GPT-2, see the list below (default: gpt2_medium on a GPU, gpt2_tiny on a CPU)",
+        "SIZE",
     )
     num_layers: int | None = _flag(None, "transformer blocks, instead of the size's own", "N")
     hidden_size: int | None = _flag(None, "width of the residual stream, instead of the size's own", "N")
-    num_heads: int | None = _flag(None, "attention heads, instead of the size's own; must divide the hidden size", "N")
-    dropout: float = _flag(0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P")
+    num_heads: int | None = _flag(
+        None, "attention heads, instead of the size's own; must divide the hidden size", "N"
+    )
+    dropout: float = _flag(
+        0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P"
+    )
     attention: Literal["sdpa", "eager", "flash"] = _flag(
         "sdpa",
-        "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain matrix products",
+        "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain"
+        " matrix products",
     )
-    activation_checkpointing: OnOff = _flag(
-        "off", "on: keep only every block's input and recompute the rest in the backward pass; less memory, a third more work"
+    activation_checkpointing: Literal["on", "off"] = _flag(
+        "off",
+        "on: keep only every block's input and recompute the rest in the backward pass; less memory, a"
+        " third more work",
     )
 
 
@@ -64,40 +72,61 @@ class ModelFlags:
 class PlanFlags:
     _argument_group_name: ClassVar[str] = "Plan"
 
-    distplan: str = _flag("CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN")
+    distplan: str = _flag(
+        "CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN"
+    )
     placement: Literal["auto", "static", "cuda", "cpu", "const"] = _flag(
         "static",
-        "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while training; and three"
-        " names for fixed fractions, cuda: all on the device, cpu: parameters, gradients and optimizer on the host between"
-        " uses, const: half of the optimizer on the host",
+        "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while"
+        " training; and three names for fixed fractions, cuda: all on the device, cpu: parameters,"
+        " gradients and optimizer on the host between uses, const: half of the optimizer on the host",
     )
     shard_param_frac: float | None = _flag(
-        None, "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default: 1.0)", "FRAC"
+        None,
+        "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default:"
+        " 1.0)",
+        "FRAC",
     )
     offload_optim_frac: float | None = _flag(
         None, "static: fraction of the optimizer's bytes kept on the host (default: 0.0)", "FRAC"
     )
     offload_param_frac: float | None = _flag(
         None,
-        "static: fraction of the parameters' bytes kept on the host between uses; above 0 needs the other two at 1"
-        " (default: 0.0)",
+        "static: fraction of the parameters' bytes kept on the host between uses; above 0 needs the other"
+        " two at 1 (default: 0.0)",
         "FRAC",
     )
     warmup_non_model_data_ratio: float = _flag(
-        0.8, "auto: share of device memory kept free of chunks in the first step, before memory use is known", "FRAC"
+        0.8,
+        "auto: share of device memory kept free of chunks in the first step, before memory use is known",
+        "FRAC",
     )
-    steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
-    max_prefetch: int = _flag(0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N")
+    steady_cuda_cap_ratio: float = _flag(
+        0.9, "auto: share of device memory that may be used after that", "FRAC"
+    )
+    max_prefetch: int = _flag(
+        0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N"
+    )
     tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
     pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
     zero_stage: int = _flag(
-        1, "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too", "N"
+        1,
+        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2:"
+        " gradients too",
+        "N",
     )
     num_microbatches: int | None = _flag(
-        None, "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else batch_size)", "N"
+        None,
+        "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else"
+        " batch_size)",
+        "N",
     )
-    num_model_chunks: int = _flag(1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N")
-    sequence_parallel: OnOff = _flag("off", "on: share activations between the tensor-parallel blocks along the sequence too")
+    num_model_chunks: int = _flag(
+        1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N"
+    )
+    sequence_parallel: Literal["on", "off"] = _flag(
+        "off", "on: share activations between the tensor-parallel blocks along the sequence too"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +142,9 @@ class BatchFlags:
     train_step: int = _flag(10, "optimizer steps in all", "N")
     warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
     grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
-    seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
+    seed: int = _flag(
+        42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N"
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +152,9 @@ class OptimizerFlags:
     _argument_group_name: ClassVar[str] = "Optimizer (AdamW)"
 
     lr: float = _flag(3e-4, "learning rate after its warm-up", "LR")
-    lr_schedule: Literal["constant", "cosine"] = _flag("constant", "course of the learning rate; cosine ends at a tenth of it")
+    lr_schedule: Literal["constant", "cosine"] = _flag(
+        "constant", "course of the learning rate; cosine ends at a tenth of it"
+    )
     lr_warmup_step: int = _flag(0, "steps over which the learning rate grows from 0", "N")
     weight_decay: float = _flag(0.01, "of weight matrices; biases and norms have none", "W")
     beta1: float = _flag(0.9, "decay of the mean of gradients", "B")
@@ -138,7 +171,11 @@ class MachineFlags:
     _argument_group_name: ClassVar[str] = "Machine"
 
     device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto: the GPUs where there are any, else the CPU")
-    timeout: float = _flag(600.0, "seconds after which a stuck collective, or the wait for another machine, ends the run", "SECONDS")
+    timeout: float = _flag(
+        600.0,
+        "seconds after which a stuck collective, or the wait for another machine, ends the run",
+        "SECONDS",
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +184,10 @@ class OutputFlags:
 
     log_dir: str = _flag("gemini_logs", "folder that holds a folder a run", "DIR")
     run_name: str | None = _flag(
-        None, "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and time)", "NAME"
+        None,
+        "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and"
+        " time)",
+        "NAME",
     )
     measure_peak: bool = _flag(
         False, "take the peak rate behind MFU from a matrix product measured here, not from the datasheet"
@@ -161,21 +201,25 @@ FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags, 
 
 @dataclass(frozen=True)
 class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFlags, ModelFlags):
-    """The settings of a run, flat. None means: not chosen yet, :meth:`resolve` does. The groups exist for --help alone."""
+    """The settings of a run, flat: the groups exist for --help alone.
+
+    None means: not chosen yet, :meth:`resolve` does that.
+    """
 
     @classmethod
     def from_cli(cls, argv: Sequence[str]) -> TrainConfig:
         """Read the command line of one rank (or of a plain ``python``): resolved and checked.
 
-        Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help`` exits with 0.
-        ``run_name`` stays None when it was not given: all ranks must agree on it, so device.launch's job makes it.
+        Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2.
+        ``--help`` exits with 0. ``run_name`` stays None when it was not given: all ranks must agree on it, so
+        device.launch's job makes it.
         """
         from commons.cli import read_rank_command_line
 
         return read_rank_command_line(argv)
 
     def resolve(self, device_type: str) -> TrainConfig:
-        """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Idempotent; only ``run_name`` may stay None.
+        """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Only ``run_name`` stays None.
 
         Explicit values are kept even where they are wrong: commons.checks judges the result.
         """
@@ -189,7 +233,9 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
             chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
         batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
-        unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
+        unset = {
+            name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None
+        }
         return dataclasses.replace(self, **unset)
 
     def shape(self) -> ModelShape:
@@ -201,7 +247,7 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         return dataclasses.replace(MODEL_SIZES[str(self.model_type)], **given)
 
     def gemini_placement(self) -> dict[str, Any]:
-        """GeminiPlugin's arguments that say where chunks live; Colossal-AI itself knows only "static" and "auto"."""
+        """GeminiPlugin's arguments that say where chunks live; it knows only "static" and "auto"."""
         if self.placement == "auto":
             return {
                 "placement_policy": "auto",
@@ -227,6 +273,14 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         """A folder name that says what ran: plan, size, data x tensor x pipeline degrees, precision, time."""
         degrees = f"{self.data_parallel_size(world_size)}x{self.tp_degree}x{self.pp_degree}"
         return f"{self.distplan}-{self.model_type}-{degrees}-{self.precision}-{time_stamp}"
+
+    def named(self, world_size: int) -> TrainConfig:
+        """With a ``run_name``: the one given, else the default for this moment."""
+        if self.run_name is not None:
+            return self
+        return dataclasses.replace(
+            self, run_name=self.default_run_name(world_size, time.strftime("%Y%m%d-%H%M%S"))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For config.json: every setting by its flag's name, in the order of --help."""

@@ -1,14 +1,14 @@
 """How a run looks on the console: header, step lines and the table at the end, as lines of text.
 
-Only the layout: nothing here writes, and nothing asks for a terminal. Every line fits into 80 columns where the
-names do; what a wide window has room for beyond that comes in as further columns.
+Only the layout: nothing here writes, and nothing asks for a terminal. Every line fits into 80 columns where
+the names do; what a wide window has room for beyond that comes in as further columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
@@ -22,37 +22,26 @@ OVERFLOW = "overflow"
 ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "bold yellow"}
 
 
-class Header(TypedDict, total=False):
-    """What the console's header shows; the engine fills it in. A key left out leaves its words out."""
-
-    model: str
-    layers: int
-    hidden: int
-    heads: int
-    parameters: int  # exact, the tied embedding once, no padding
-    padded_parameters: int  # with the vocabulary padded as it is computed
-    plan: str
-    plan_summary: str
-    placement: str | None
-    dp: int
-    tp: int
-    pp: int
-    world_size: int
-    micro_batch_size: int  # sequences a data-parallel rank and micro-batch
-    grad_accum: int
-    tokens_per_step: int  # over all ranks
-    seq_len: int
-    precision: str
-    attention: str  # the kernel
-    activation_checkpointing: str  # "on" or "off"
-    device: str  # "cuda" or "cpu"
-    device_name: str
-    peak_tflops_per_device: float | None  # what MFU is a share of
-    places: Sequence[str]  # a line a rank: where it stands in the dp, tp and pp groups
-    notes: Sequence[str]  # anything else worth a line
+# What the console's header shows, filled in by the engine. A key left out leaves its words out:
+#   model, layers, hidden, heads
+#   parameters              exact, the tied embedding once, no padding
+#   padded_parameters       with the vocabulary padded as it is computed
+#   plan, placement         placement is None where the plan has none
+#   world_size, dp, tp, pp
+#   places                  a line a rank: where it stands in the dp, tp and pp groups
+#   micro_batch_size        sequences a data-parallel rank and micro-batch
+#   grad_accum              micro-batches a step
+#   global_batch_size       sequences a step, all ranks
+#   seq_len
+#   precision, attention    the kernel
+#   activation_checkpointing    "on" or "off"
+#   device, device_name     "cuda" or "cpu", and what it calls itself
+#   peak_tflops_per_device  what MFU is a share of, or None
+#   notes                   any further lines
+Header = Mapping[str, Any]
 
 
-# --- Numbers as text ----------------------------------------------------------------------------------------------
+# --- Numbers as text ------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -64,8 +53,8 @@ def number(value: float | None, digits: int = 4) -> str:
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude < -3:
         return f"{value:.1e}"
-    decimals = digits - 1 - magnitude
-    return f"{value:,.{max(0, min(decimals, digits - 1))}f}"
+    most_decimals = digits if magnitude < 0 else digits - 1  # 0.0213 rather than 0.02130
+    return f"{value:,.{max(0, min(digits - 1 - magnitude, most_decimals))}f}"
 
 
 def whole(value: float | None) -> str:
@@ -82,15 +71,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
-def counted(amount: int, noun: str) -> str:
-    return f"{amount} {noun}" + ("" if amount == 1 else "s")
-
-
 def joined(parts: Sequence[str]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-# --- Header -------------------------------------------------------------------------------------------------------
+# --- Header ---------------------------------------------------------------------------------------
 
 
 def header_lines(header: Header, run_dir: str) -> list[Text]:
@@ -148,15 +133,15 @@ def _places(header: Header) -> list[tuple[str, str]]:
 
 
 def _batch(header: Header) -> str:
-    micro, seq_len, tokens = header.get("micro_batch_size"), header.get("seq_len"), header.get("tokens_per_step")
+    micro, total, seq_len = (header.get(key) for key in ("micro_batch_size", "global_batch_size", "seq_len"))
     accumulated = header.get("grad_accum", 1)
     return joined(
         [
             f"{micro} a rank" if micro is not None else "",
             f"{accumulated} accumulated" if accumulated > 1 else "",
-            f"{tokens // seq_len} in all" if tokens and seq_len else "",
+            f"{total} in all" if total is not None else "",
             f"sequence {seq_len:,}" if seq_len is not None else "",
-            f"{tokens:,} tokens a step" if tokens is not None else "",
+            f"{total * seq_len:,} tokens a step" if total is not None and seq_len is not None else "",
         ]
     )
 
@@ -174,12 +159,13 @@ def _compute(header: Header) -> str:
 
 
 def _device(header: Header) -> str:
-    name, peak, ranks = header.get("device_name", ""), header.get("peak_tflops_per_device"), header.get("world_size", 1)
+    name, ranks = header.get("device_name", ""), header.get("world_size", 1)
+    peak = header.get("peak_tflops_per_device")
     several = ranks > 1 and header.get("device") == "cuda"  # CPU ranks share one processor
     return joined([f"{ranks} × {name}" if several else name, f"peak {number(peak)} TFLOPS" if peak else ""])
 
 
-# --- Step lines ---------------------------------------------------------------------------------------------------
+# --- Step lines -----------------------------------------------------------------------------------
 
 
 def _phases(record: StepRecord) -> str | None:
@@ -258,10 +244,13 @@ class StepLines:
 
     def _choose_columns(self) -> None:
         chosen = [column for column in COLUMNS if column.title in self._known]
-        # Without a device the host's memory is the memory, not an extra.
-        host_importance = 3 if "peak MiB" in self._known else 7
+        importance = {column: column.importance for column in chosen}
+        if "peak MiB" not in self._known:  # without a device the host's memory is the memory, not an extra
+            importance = {
+                column: 7 if column.title == "host MiB" else importance[column] for column in chosen
+            }
         while len(chosen) > 1 and self._width_of(chosen, gap=1) > self._width:
-            chosen.remove(min(chosen, key=lambda c: host_importance if c.title == "host MiB" else c.importance))
+            chosen.remove(min(chosen, key=importance.__getitem__))
         self._columns = tuple(chosen)
         self._gap = 2 if self._width_of(chosen, gap=2) <= self._width else 1
 
@@ -274,7 +263,8 @@ class StepLines:
 
     def _row(self, record: StepRecord, cells: Mapping[str, str | None]) -> Text:
         warming_up = record.step <= self._warmup_step
-        line = Text(f"{record.step}/{self._total_steps}".rjust(self._step_width), style="dim" if warming_up else "")
+        step = f"{record.step}/{self._total_steps}".rjust(self._step_width)
+        line = Text(step, style="dim" if warming_up else "")
         for column in self._columns:
             text = cells[column.title] or "-"
             style = ALARMS.get(text, "" if warming_up else column.style)
@@ -283,7 +273,7 @@ class StepLines:
         return line
 
 
-# --- The table at the end -----------------------------------------------------------------------------------------
+# --- The table at the end -------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -305,20 +295,61 @@ SUMMARY_ROWS = (
     Row("MFU", "mfu", percent),
 )
 STATISTICS = ("median", "p10", "p90")
+STATISTIC_WIDTH = 11
+FIGURE_WIDTH = max(len(row.title) for row in SUMMARY_ROWS)
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[Text]:
-    """Median, p10 and p90 of what was measured, then single figures; what nobody measured is left out."""
-    title_width = max(len(row.title) for row in SUMMARY_ROWS)
-    lines = [Text(), Text(" " * title_width + "".join(name.rjust(11) for name in STATISTICS), style="cyan")]
+    """The table of what was measured and, below it, figures of the whole run; what is not known is left out.
+
+    Args:
+        summary: what commons.metrics.summarize() returns.
+    """
+    heads = "".join(name.rjust(STATISTIC_WIDTH) for name in STATISTICS)
+    lines = [Text(_measured_steps(summary).ljust(FIGURE_WIDTH) + heads, style="cyan")]
     for row in SUMMARY_ROWS:
-        values = [_statistic(summary, row.key, which) for which in STATISTICS]
-        if values[0] is not None:
-            cells = [row.show(value).rjust(11) for value in values]
-            lines.append(Text.assemble(row.title.ljust(title_width), (cells[0], "bold"), *cells[1:]))
-    return [*lines, Text()]
+        statistics = summary.get(row.key) or {}
+        if statistics.get("median") is not None:
+            median, *others = (row.show(statistics[name]).rjust(STATISTIC_WIDTH) for name in STATISTICS)
+            lines.append(Text.assemble(row.title.ljust(FIGURE_WIDTH), (median, "bold"), *others))
+    figures = [
+        ("loss", _loss(summary), "bold"),
+        ("peak device memory", _peak_memory(summary, "device"), ""),
+        ("peak host memory", _peak_memory(summary, "host"), ""),
+        ("skipped for overflow", _steps_if_any(summary, "skipped_steps"), ALARMS[OVERFLOW]),
+        ("loss not finite", _steps_if_any(summary, "nonfinite_loss_steps"), ALARMS["nan"]),
+    ]
+    lines += [
+        Text.assemble(title.ljust(FIGURE_WIDTH), "    ", (text, style))
+        for title, text, style in figures
+        if text
+    ]
+    return [Text(), *lines, Text()]
 
 
-def _statistic(summary: Mapping[str, Any], key: str, which: str) -> float | None:
-    of_key = summary.get(key)
-    return of_key.get(which) if isinstance(of_key, Mapping) else summary.get(f"{key}_{which}")
+def _measured_steps(summary: Mapping[str, Any]) -> str:
+    measured, steps, warmup = (summary.get(key) for key in ("steps_measured", "steps", "warmup_step"))
+    if not steps:
+        return ""
+    if not measured:
+        return f"no step after {warmup} warm-up"
+    return f"step {steps}" if measured == 1 else f"steps {steps - measured + 1} to {steps}"
+
+
+def _loss(summary: Mapping[str, Any]) -> str:
+    first, last = summary.get("first_loss"), summary.get("last_loss")
+    if first is None and last is None:
+        return ""
+    return " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (first, last))
+
+
+def _peak_memory(summary: Mapping[str, Any], where: str) -> str:
+    mib, rank = summary.get(f"peak_{where}_memory_mib"), summary.get(f"peak_{where}_memory_rank")
+    if mib is None:
+        return ""
+    return f"{mib:,.0f} MiB" + ("" if rank is None else f" on rank {rank}")
+
+
+def _steps_if_any(summary: Mapping[str, Any], key: str) -> str:
+    count = summary.get(key) or 0
+    return f"{count} step" + ("" if count == 1 else "s") if count else ""

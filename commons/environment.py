@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ SUITE_ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "colossalai", "transformers", "numpy", "safetensors", "rich", "psutil", "einops")
 
 # Environment variables that change what a run does or how fast it is. A list of what to keep, not of what to
-# drop: an env.json is passed around, so that a variable nobody thought of (a token, a password) must stay out.
+# drop: an env.json is passed around, so a variable nobody thought of (a token, a password) must stay out.
 LAUNCH_VARIABLES = (
-    "DISTPLAN", "MODEL_TYPE", "BATCH_SIZE", "TRAIN_STEP", "GPUNUM", "TPDEGREE", "PPDEGREE", "PLACEMENT", "SEQ_LEN",
-    "PRECISION", "NNODES", "NODE_RANK",
+    "DISTPLAN", "MODEL_TYPE", "BATCH_SIZE", "TRAIN_STEP", "SEQ_LEN", "PRECISION", "PLACEMENT", "GPUNUM",
+    "TPDEGREE", "PPDEGREE", "NNODES", "NODE_RANK",
 )  # fmt: skip
 MACHINE_VARIABLE = re.compile(
     r"CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)"
@@ -54,12 +54,13 @@ def describe_environment(
         repository: the folder whose commit is recorded.
 
     Returns:
-        A dict of JSON values. Sizes are in MiB, the time is UTC in ISO 8601. What could not be found out is None.
+        A dict of JSON values. Sizes in MiB, time UTC in ISO 8601; None where nothing was found out.
     """
     environ = os.environ if environ is None else environ
     questions: dict[str, Callable[[], Any]] = {
         "started_at": lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": lambda: shlex.join(_real_argv() if argv is None else argv),
+        "command": lambda: typed(sys.orig_argv if argv is None else argv),
+        "launcher": lambda: _launcher_command(environ),
         "environment": lambda: relevant_variables(environ),
         "commit": lambda: git_state(repository)[0],
         "uncommitted_changes": lambda: git_state(repository)[1],
@@ -110,7 +111,7 @@ def git_state(repository: Path) -> tuple[str | None, bool | None]:
 
 
 def nvidia_driver(proc_file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The NVIDIA driver's version, from the kernel module or, where that has no such file (WSL), nvidia-smi."""
+    """The NVIDIA driver's version, from the kernel module or, where that tells nothing (WSL), nvidia-smi."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", proc_file.read_text())
         if found:
@@ -140,11 +141,18 @@ def _output_of(command: list[str]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _real_argv() -> list[str]:
-    # sys.orig_argv keeps `-m torch.distributed.run` and `-u`, which sys.argv has lost. The interpreter's own
-    # folder is a private path and not needed to repeat the run.
-    interpreter, *rest = sys.orig_argv
-    return [Path(interpreter).name, *rest]
+def typed(argv: Sequence[str]) -> str:
+    """A command line as one types it in the suite's folder, without the paths of this machine."""
+    program, *arguments = argv
+    inside = f"{SUITE_ROOT}{os.sep}"
+    return shlex.join([Path(program).name, *(argument.removeprefix(inside) for argument in arguments)])
+
+
+def _launcher_command(environ: Mapping[str, str]) -> str | None:
+    """The command line of the process that started the ranks; None where there was no launcher."""
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    return typed(Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0"))
 
 
 def _loaded_torch() -> Any:
@@ -153,7 +161,8 @@ def _loaded_torch() -> Any:
 
 def _gpus() -> list[str]:
     cuda = _loaded_torch().cuda
-    return [cuda.get_device_name(index) for index in range(cuda.device_count())] if cuda.is_available() else []
+    count = cuda.device_count() if cuda.is_available() else 0
+    return [cuda.get_device_name(index) for index in range(count)]
 
 
 def _nccl_version() -> str | None:

@@ -1,7 +1,7 @@
 """Keeps the libraries' chatter out of the console, and leaves in it every warning that could matter.
 
-Nothing is silenced wholesale: what goes is listed here line by line, each with the reason why it says nothing to
-somebody who trains a GPT-2 with this suite. A message that is in no table is shown.
+Nothing is silenced wholesale: what goes is listed here line by line, each with the reason why it says nothing
+to somebody who trains a GPT-2 with this suite. A message that is in no table is shown.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ KNOWN_WARNINGS = (
         "Colossal-AI, at import: GPT-2 has LayerNorm, and torch's own is used",
     ),
     KnownWarning(
+        UserWarning,
+        r"TypedStorage is deprecated",
+        "Colossal-AI asks a storage for its size the old way, which works in all tested versions of torch",
+    ),
+    KnownWarning(
+        FutureWarning,
+        r"`torch\.distributed\.\w+` is deprecated",
+        "torch 2.13 renames collectives; the old names do the same, and older versions have no others",
+    ),
+    KnownWarning(
         FutureWarning,
         r"The pynvml package is deprecated",
         "torch, at import: about another package's name, nothing to do with the run",
@@ -48,7 +58,7 @@ KNOWN_WARNINGS = (
     KnownWarning(
         UserWarning,
         r"FSDP2-wrapped module \(FSDPGPT2\w*\) returned a view tensor",
-        "torch: only matters if something is added in place to a block's output; GPT-2's blocks add out of place",
+        "torch: only matters if a block's output is changed in place; GPT-2's blocks add out of place",
     ),
 )
 

@@ -1,8 +1,8 @@
 """Where a run's records go: the console, metrics.jsonl, summary.json, config.json and env.json.
 
-Sinks run on rank 0 only and outside the clocks of a step. The training loop knows none of them, and they know no
-model: they take StepRecords, a header of plain values and the summary's dict. A new sink is a class with log(),
-report() and close(), and one line in make_sinks().
+Sinks run on rank 0 only and outside the clocks of a step. The training loop knows none of them, and they know
+no model: they take StepRecords, a header of plain values and the summary's dict. A new sink is a class with
+log(), report() and close(), and one line in make_sinks().
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from commons.console_layout import Header, StepLines, header_lines, summary_lines
@@ -28,9 +35,6 @@ from commons.environment import describe_environment
 if TYPE_CHECKING:
     from commons.engine import Session
     from commons.metrics import StepRecord
-
-# Set by the launcher, which then keeps console.log itself: it sees the lines of all ranks, and their tracebacks.
-LAUNCHER_VARIABLE = "GEMINI_SUITE_LAUNCHER"
 
 PLAIN_WIDTH = 120  # columns of text in a pipe or a file, where no window says how many there are
 CONSOLE = "the console (standard output)"
@@ -52,7 +56,7 @@ class Sink(Protocol):
         ...
 
 
-# --- Failing to write ---------------------------------------------------------------------------------------------
+# --- Failing to write -----------------------------------------------------------------------------
 
 CURES = {
     errno.ENOSPC: "free some space there, or choose another disk with --log_dir",
@@ -85,7 +89,7 @@ def writing(name: str | os.PathLike[str]) -> Iterator[None]:
         raise SinkError(error.errno, f"cannot write {os.fspath(name)}: {reason}; {cure}") from error
 
 
-# --- JSON files ---------------------------------------------------------------------------------------------------
+# --- JSON files -----------------------------------------------------------------------------------
 
 
 def json_ready(value: Any, path: str, non_finite: dict[str, str]) -> Any:
@@ -98,8 +102,9 @@ def json_ready(value: Any, path: str, non_finite: dict[str, str]) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "item"):  # a numpy or torch scalar
-        value = value.item()
+    scalar = getattr(value, "item", None)  # of numpy or torch
+    if callable(scalar):
+        value = scalar()
     if isinstance(value, float) and not math.isfinite(value):
         non_finite[path] = str(value)
         return None
@@ -194,7 +199,7 @@ class SummarySink:
         pass
 
 
-# --- The console --------------------------------------------------------------------------------------------------
+# --- The console ----------------------------------------------------------------------------------
 
 ASCII = str.maketrans({"×": "x", "·": "-"})
 
@@ -211,7 +216,7 @@ class _Screen(Console):
 
 
 def make_console(file: IO[str]) -> Console:
-    """Colours on a terminal (unless NO_COLOR is set), plain text of PLAIN_WIDTH columns in a pipe or a file."""
+    """Colours on a terminal (unless NO_COLOR is set), plain text in a pipe or a file."""
     on_terminal = file.isatty()
     return _Screen(
         file=file,
@@ -227,7 +232,7 @@ def make_console(file: IO[str]) -> Console:
 
 
 def print_line(console: Console, line: Text) -> None:
-    """Print one line, unwrapped and at once (rich flushes), in characters that the console's file can take."""
+    """Print one line, unwrapped and at once (rich flushes), in characters that the file can take."""
     encoding = console.encoding
     text = line.plain if encoding.startswith("utf") else line.plain.translate(ASCII)
     line.plain = text.encode(encoding, "replace").decode(encoding)
@@ -244,7 +249,9 @@ class ConsoleSink:
         close_file: whether close() closes the console's file.
     """
 
-    def __init__(self, console: Console, name: str, step_lines: StepLines | None, close_file: bool = False) -> None:
+    def __init__(
+        self, console: Console, name: str, step_lines: StepLines | None, close_file: bool = False
+    ) -> None:
         self._console, self._name, self._step_lines = console, name, step_lines
         self._close_file = close_file
 
@@ -275,8 +282,8 @@ class ConsoleSink:
 
 
 def _discard_buffer(file: IO[str]) -> None:
-    # What could not be written stays in the buffer and would fail again when the file is closed: at the exit of
-    # the interpreter that is a second, confusing error and exit code 120.
+    # What could not be written stays in the buffer and would fail again when the file is closed: at the exit
+    # of the interpreter that is a second, confusing error and exit code 120.
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
@@ -284,7 +291,7 @@ def _discard_buffer(file: IO[str]) -> None:
 
 
 class ProgressSink:
-    """A progress bar with the time left, below the lines; for terminals only. It is gone when the run ends."""
+    """A progress bar with the time left, below the lines; for terminals only. It goes when the run ends."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         # No refresh thread: it would take the interpreter's lock from the step that is being timed.
@@ -320,7 +327,7 @@ class ProgressSink:
             self._progress.stop()
 
 
-# --- All of them --------------------------------------------------------------------------------------------------
+# --- All of them ----------------------------------------------------------------------------------
 
 
 def start_run_folder(run_dir: Path, config: Any, environment: Mapping[str, Any]) -> None:
@@ -346,7 +353,7 @@ def make_sinks(run_dir: str | Path, config: Any, header: Header) -> list[Sink]:
     start_run_folder(run_dir, config, describe_environment(header.get("device_name")))
     # The files first: a step is on the disk before it is on the screen.
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl"), SummarySink(run_dir / "summary.json")]
-    if os.environ.get(LAUNCHER_VARIABLE) != "1":
+    if not (run_dir / "console.log").exists():  # else the launcher is keeping it, with all ranks' words
         sinks.append(_console_copy(run_dir / "console.log", config, header, str(run_dir)))
     console = make_console(sys.stdout)
     lines = ConsoleSink(console, CONSOLE, _step_lines(config, header))
@@ -364,7 +371,9 @@ def open_sinks(session: Session) -> Iterator[list[Sink]]:
     if session.device.rank != 0:
         yield []
         return
-    sinks = make_sinks(Path(session.config.log_dir) / str(session.config.run_name), session.config, session.header())
+    config = session.config
+    run_dir = Path(config.log_dir).expanduser() / str(config.run_name)
+    sinks = make_sinks(run_dir, config, session.header())
     with contextlib.ExitStack() as closing:
         for sink in sinks:
             closing.callback(sink.close)

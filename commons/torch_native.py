@@ -71,7 +71,7 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing == "on",
         )
-    seeded_init_(model, config.seed, DTYPES[config.precision])
+    seeded_init_(model, config.seed, device.torch_device, DTYPES[config.precision])
     if kind == "fsdp":
         return _fully_sharded(model, config, device)
     ddp = DistributedDataParallel(

@@ -1,6 +1,6 @@
 """The versions that the suite is tested with, and how an environment compares to them.
 
-Standard library only, and nothing heavy imported: install.sh runs this file with every interpreter that might do.
+Standard library only, nothing heavy: install.sh runs this file with every interpreter that might do.
 
     python commons/versions.py [--tests]
 
@@ -98,7 +98,10 @@ def check_environment(
         version_of: tells a package's version, None if it is missing.
     """
     python = compare(
-        "Python", "{}.{}.{}".format(*sys.version_info), PYTHON, f"install Python {PYTHON} and run bash install.sh"
+        "Python",
+        "{}.{}.{}".format(*sys.version_info),
+        PYTHON,
+        f"install Python {PYTHON} and run bash install.sh",
     )
     findings = [python] if python else []
     for package in (*TESTED, *ANY_VERSION, *(TEST_PACKAGES if tests else ())):

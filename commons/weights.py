@@ -11,7 +11,9 @@ from torch import nn
 INIT_STD = 0.02
 
 
-def seeded_init_(model: nn.Module, seed: int, round_to: torch.dtype | None = None) -> None:
+def seeded_init_(
+    model: nn.Module, seed: int, device: torch.device, round_to: torch.dtype | None = None
+) -> None:
     """Draw GPT-2's initial weights in place, each parameter from a generator of its own, seeded by ``seed`` and its name.
 
     Linear and embedding weights are normal with a standard deviation of 0.02, those of the projections back into the residual
@@ -21,6 +23,7 @@ def seeded_init_(model: nn.Module, seed: int, round_to: torch.dtype | None = Non
     Args:
         model: a ``GPT2LMHeadModel``; the tied head follows its embedding.
         seed: the same on every rank.
+        device: where the parameters are, or will be once they are no longer lazy. GPUs draw other numbers than CPUs.
         round_to: round the drawn weights to what this dtype can hold. Gemini and ZeRO make their fp32 master weights from bf16
             ones, so rounding lets every plan start from the same model.
     """
@@ -32,7 +35,7 @@ def seeded_init_(model: nn.Module, seed: int, round_to: torch.dtype | None = Non
             elif ".ln_" in name:
                 param.fill_(1.0)
             else:
-                generator = torch.Generator(device=param.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+                generator = torch.Generator(device=device).manual_seed(seed ^ zlib.crc32(name.encode()))
                 param.normal_(0.0, residual_std if name.endswith("c_proj.weight") else INIT_STD, generator=generator)
                 if round_to is not None:
                     param.copy_(param.to(round_to))

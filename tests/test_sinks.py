@@ -1,4 +1,4 @@
-"""The console and the files of a run: real files, real pipes, a real terminal, a real kill and a full disk."""
+"""The console and the files of a run: real files and pipes, a real terminal, kill and full disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ from typing import Any
 import pytest
 
 from commons import environment, noise
-from commons.console_layout import COLUMNS, HEADS_EVERY_ROWS, StepLines, header_lines, number, summary_lines
-from commons.metrics import StepRecord
+from commons.console_layout import (
+    COLUMNS,
+    HEADS_EVERY_ROWS,
+    SUMMARY_ROWS,
+    StepLines,
+    header_lines,
+    number,
+    summary_lines,
+)
+from commons.metrics import MEASURED_FIELDS, StepRecord, summarize
 from commons.sinks import (
-    LAUNCHER_VARIABLE,
     JsonlSink,
     SinkError,
     SummarySink,
@@ -89,7 +96,7 @@ HEADER: Any = {
     "world_size": 2,
     "micro_batch_size": 16,
     "grad_accum": 1,
-    "tokens_per_step": 32_768,
+    "global_batch_size": 32,
     "seq_len": 1024,
     "precision": "bf16",
     "attention": "sdpa",
@@ -118,7 +125,7 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-# --- Real processes -----------------------------------------------------------------------------------------------
+# --- Real processes -------------------------------------------------------------------------------
 
 # A run without a model: three steps, as slow as argv[2] says.
 RUN = """
@@ -158,8 +165,12 @@ def on_terminal(script: str, *arguments: object, columns: int = 80, **changes: s
     terminal, process_side = pty.openpty()
     fcntl.ioctl(process_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
-        python(script, *arguments), env=surroundings(**changes), stdin=process_side, stdout=process_side, stderr=process_side
-    )  # fmt: skip
+        python(script, *arguments),
+        env=surroundings(**changes),
+        stdin=process_side,
+        stdout=process_side,
+        stderr=process_side,
+    )
     os.close(process_side)
     output = b""
     deadline = time.monotonic() + 60
@@ -183,7 +194,7 @@ def test_a_pipe_gets_plain_unwrapped_lines_and_no_bar(tmp_path: Path) -> None:
     assert not CONTROL_CHARACTER.search(done.stdout)
     assert "training" not in done.stdout and "ETA" not in done.stdout
     assert f"run      {run_dir}" in done.stdout.splitlines()
-    assert [line.split()[0] for line in done.stdout.splitlines() if re.match(r" *\d/3 ", line)] == ["1/3", "2/3", "3/3"]
+    assert re.findall(r"^ *(\d/3) ", done.stdout, re.M) == ["1/3", "2/3", "3/3"]
     assert (run_dir / "console.log").read_text() == done.stdout
 
 
@@ -246,14 +257,10 @@ def test_an_ascii_console_gets_ascii(tmp_path: Path) -> None:
 
 
 def test_the_launcher_keeps_console_log_itself(tmp_path: Path) -> None:
-    done = in_pipe(RUN, tmp_path / "run", 0, **{LAUNCHER_VARIABLE: "1"})
+    (tmp_path / "console.log").write_text("the launcher's\n")
+    done = in_pipe(RUN, tmp_path, 0)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "config.json",
-        "env.json",
-        "metrics.jsonl",
-        "summary.json",
-    ]
+    assert (tmp_path / "console.log").read_text() == "the launcher's\n"
 
 
 def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
@@ -269,8 +276,13 @@ def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        python(script, tmp_path / "run"), env=surroundings(), stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60
-    )  # fmt: skip
+        python(script, tmp_path / "run"),
+        env=surroundings(),
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
     os.close(write_end)
     assert done.returncode == 1  # 120 where the interpreter failed once more at its exit
     assert re.fullmatch(r"cannot write the console .*: Broken pipe; .+\n", done.stderr)
@@ -292,7 +304,7 @@ def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:
     assert [strict_json(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
-# --- Failing to write ---------------------------------------------------------------------------------------------
+# --- Failing to write -----------------------------------------------------------------------------
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
@@ -304,7 +316,8 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     sink.close()
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value) == (
-        f"cannot write {path}: No space left on device; free some space there, or choose another disk with --log_dir"
+        f"cannot write {path}: No space left on device; "
+        "free some space there, or choose another disk with --log_dir"
     )
 
 
@@ -350,13 +363,13 @@ def test_a_real_small_disk(tmp_path: Path) -> None:
         pytest.skip("mounting a tmpfs takes root")
     try:
         sink = JsonlSink(disk / "metrics.jsonl")
-        with pytest.raises(SinkError, match=r"^cannot write .*metrics\.jsonl: No space left on device; free some"):
+        with pytest.raises(SinkError, match=r"^cannot write .*metrics\.jsonl: No space left on device;"):
             for step in range(1, 200):
                 sink.log(dataclasses.replace(GPU_RECORD, step=step))
         sink.close()
         lines = (disk / "metrics.jsonl").read_text().splitlines()
         assert lines and [strict_json(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
-        with pytest.raises(SinkError, match="summary.json"):
+        with pytest.raises(SinkError, match=r"summary\.json"):
             SummarySink(disk / "summary.json").report({"long": "x" * 40_000})
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -368,7 +381,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         make_sinks(tmp_path / "file/run", Config(), HEADER)
 
 
-# --- Files --------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,6 +406,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_reader_of_the_summary_sees_the_old_or_the_new(tmp_path: Path) -> None:
+    sink = SummarySink(tmp_path / "summary.json")
+    sink.report({"steps": 1})
+    with open(sink.path) as reader:
+        sink.report({"steps": 2})
+        assert strict_json(reader.read()) == {"steps": 1}
+    assert strict_json(sink.path.read_text()) == {"steps": 2}
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,7 +452,7 @@ def test_quiet_leaves_header_and_table(tmp_path: Path, capsys: pytest.CaptureFix
     assert "gpt2_medium" in text and "median" in text and "10.8251" not in text
 
 
-# --- Layout -------------------------------------------------------------------------------------------------------
+# --- Layout ---------------------------------------------------------------------------------------
 
 
 def layout(records: list[StepRecord], width: int = 200, ranks: int = 2) -> list[str]:
@@ -439,14 +461,19 @@ def layout(records: list[StepRecord], width: int = 200, ranks: int = 2) -> list[
 
 
 def test_the_header_tells_all() -> None:
-    text = "\n".join(line.plain for line in header_lines({**HEADER, "places": ["rank 0: dp 0"]}, "logs/run"))
-    for fact in ("354,823,168", "354,871,296", "CAI_Gemini", "static", "dp 2 × tp 1 × pp 1", "16 a rank", "32 in all",
-                 "1,024", "32,768", "bf16", "sdpa", "checkpointing off", "2 × NVIDIA H200", "989.4", "logs/run", "rank 0: dp 0"):  # fmt: skip
+    def header_text(**more: Any) -> str:
+        return "\n".join(line.plain for line in header_lines({**HEADER, **more}, "logs/run"))
+
+    text = header_text(places=["rank 0: dp 0"])
+    for fact in (
+        "354,823,168", "354,871,296", "CAI_Gemini", "static", "dp 2 × tp 1 × pp 1", "16 a rank", "32 in all",
+        "1,024", "32,768", "bf16", "sdpa", "checkpointing off", "2 × NVIDIA H200", "989.4", "logs/run",
+        "rank 0: dp 0",
+    ):  # fmt: skip
         assert fact in text, fact
     assert max(map(len, text.splitlines())) <= 80
     assert header_lines({}, "logs/run")  # a header without facts is short, not an error
-    many = [f"rank {rank}" for rank in range(100)]
-    assert "and 84 more" in "\n".join(line.plain for line in header_lines({**HEADER, "places": many}, "logs/run"))
+    assert "and 84 more" in header_text(places=[f"rank {rank}" for rank in range(100)])
 
 
 def test_every_figure_stands_under_its_head() -> None:
@@ -470,14 +497,16 @@ def test_every_figure_stands_under_its_head() -> None:
 
 
 def test_80_columns_have_what_is_asked_for_on_every_device() -> None:
-    long_run = dataclasses.replace(GPU_RECORD, step_seconds=12.3456, tokens_per_second=1_234_567.0, loss=float("nan"))
-    steps = StepLines(total_steps=9_999, ranks=2)
-    gpu = [line.plain for line in steps.lines(long_run, 80)]
+    slow = dataclasses.replace(GPU_RECORD, step_seconds=12.3456, tokens_per_second=1_234_567.0)
+    gpu = [line.plain for line in StepLines(total_steps=9_999, ranks=2).lines(slow, 80)]
     assert max(map(len, gpu)) <= 80
-    assert gpu[0].split() == "step loss step ms fwd/bwd/opt tokens/s TFLOPS MFU peak MiB grad norm".split()
+    assert " ".join(gpu[0].split()) == "step loss step ms fwd/bwd/opt tokens/s TFLOPS MFU peak MiB grad norm"
     cpu = layout([CPU_RECORD], 80)
     assert max(map(len, cpu)) <= 80
-    assert "host MiB" in cpu[0] and "peak MiB" not in cpu[0] and "MFU" not in cpu[0] and "-" not in cpu[1].split()
+    assert "host MiB" in cpu[0] and "-" not in cpu[1].split()
+    assert "peak MiB" not in cpu[0] and "MFU" not in cpu[0]
+    # In a narrow window the host's memory goes first where the device's is shown too, late where it is all.
+    assert "host MiB" not in layout([GPU_RECORD], 60)[0] and "host MiB" in layout([CPU_RECORD], 45)[0]
 
 
 def test_a_skipped_step_is_marked_and_only_that_one() -> None:
@@ -485,7 +514,8 @@ def test_a_skipped_step_is_marked_and_only_that_one() -> None:
     skipped = dataclasses.replace(fine, skipped_steps=1)
     lines = layout([fine, skipped, skipped, dataclasses.replace(fine, skipped_steps=2)], 80)
     assert ["overflow" in line for line in lines if "/4" in line] == [False, True, False, True]
-    assert ["grad norm" in line for line in lines if "step" in line] == [False, True]  # the column comes when needed
+    heads = [line for line in lines if "step" in line]
+    assert ["grad norm" in line for line in heads] == [False, True]  # the column comes when it is needed
     assert max(map(len, lines)) <= 80
 
 
@@ -501,28 +531,88 @@ def test_a_window_that_is_made_smaller() -> None:
     assert max(len(line.plain) for line in steps.lines(GPU_RECORD, 5)) <= 20  # the loss at least, no crash
 
 
+def summary_text(records: list[StepRecord], warmup_step: int = 0) -> str:
+    return "\n".join(line.plain for line in summary_lines(summarize(records, warmup_step)))
+
+
+def test_the_table_at_the_end() -> None:
+    records = [dataclasses.replace(GPU_RECORD, step=step, step_seconds=step / 10) for step in range(1, 6)]
+    records[-1] = dataclasses.replace(records[-1], loss=9.5, skipped_steps=2, device_memory_peak_mib=43_500.0)
+    text = summary_text(records, warmup_step=2)
+    assert max(map(len, text.splitlines())) <= 80
+    cells = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
+    assert cells["steps 3 to 5"] == ["median", "p10", "p90"]
+    assert cells["step ms"] == ["400.0", "320.0", "480.0"]
+    assert cells["MFU"] == ["33.5%"] * 3
+    assert cells["loss"] == ["10.8251", "->", "9.5000"]
+    assert cells["peak device memory"] == ["43,500", "MiB", "on", "rank", "1"]
+    assert cells["skipped for overflow"] == ["2", "steps"]
+    assert "loss not finite" not in cells
+    titles = {"step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "tokens_per_second"}
+    assert titles < {row.key for row in SUMMARY_ROWS} <= set(MEASURED_FIELDS)
+
+
+def test_the_table_leaves_out_what_nobody_measured() -> None:
+    text = summary_text([CPU_RECORD])
+    assert "MFU" not in text and "device memory" not in text and "skipped" not in text and "nan" not in text
+    assert "step 1 " in text
+    assert "no step after 2 warm-up" in summary_text([CPU_RECORD], warmup_step=2)
+    assert "loss not finite" in summary_text([dataclasses.replace(CPU_RECORD, loss=float("nan"))])
+    assert summary_lines({})  # a run cut short before its first step
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "-"), (0.0, "0"), (float("nan"), "nan"), (331.44, "331.4"), (1460.4, "1,460"), (9.8765, "9.877"),
-     (0.02131, "0.021"), (0.00002, "2.0e-05"), (-3.0, "-3.000")],
+     (0.02131, "0.0213"), (0.5, "0.5000"), (0.00412, "0.0041"), (0.00002, "2.0e-05"), (-3.0, "-3.000")],
 )  # fmt: skip
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-# --- env.json -----------------------------------------------------------------------------------------------------
+# --- env.json -------------------------------------------------------------------------------------
 
 
 def test_env_json_has_what_repeats_a_run_and_no_secret(tmp_path: Path) -> None:
-    environ = {"DISTPLAN": "CAI_Gemini", "CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "HF_TOKEN": "secret", "HOME": "/x"}
+    kept = {"CUDA_VISIBLE_DEVICES": "0", "DISTPLAN": "CAI_Gemini", "NCCL_DEBUG": "INFO"}
+    environ = {**kept, "HF_TOKEN": "secret", "HOME": "/x"}
     described = environment.describe_environment("cpu", ["python", "a b.py"], environ)
     start_run_folder(tmp_path, Config(), described)
     env = strict_json((tmp_path / "env.json").read_text())
     assert env["command"] == "python 'a b.py'"
-    assert env["environment"] == {"CUDA_VISIBLE_DEVICES": "0", "DISTPLAN": "CAI_Gemini", "NCCL_DEBUG": "INFO"}
+    assert env["environment"] == kept
     assert "secret" not in (tmp_path / "env.json").read_text()
-    assert env["versions"]["torch"] and env["python"] and env["cpu_cores"] >= 1 and env["host_memory_mib"] > 100
+    assert env["versions"]["torch"] and env["python"]
+    assert env["cpu_cores"] >= 1 and env["host_memory_mib"] > 100
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", env["started_at"])
+
+
+def test_the_command_is_the_one_that_was_typed(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import json, os, sys\n"
+        "from commons.environment import describe_environment\n"
+        "if 'TORCHELASTIC_RUN_ID' in os.environ or sys.argv[1] == 'alone':\n"
+        "    print(json.dumps(describe_environment()))\n"
+        "else:\n"
+        "    import subprocess\n"
+        "    os.environ['TORCHELASTIC_RUN_ID'] = 'none'\n"
+        "    subprocess.run([sys.executable, '-u', sys.argv[0], 'the rank'], check=True)\n"
+    )
+    name, suite_file = Path(sys.executable).name, str(REPOSITORY / "train_gpt_demo.py")
+
+    def described(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, str(rank), *arguments]
+        return strict_json(
+            subprocess.run(command, env=surroundings(), stdout=subprocess.PIPE, check=True).stdout
+        )
+
+    alone = described("alone", suite_file)
+    assert alone["command"] == f"{name} {rank} alone train_gpt_demo.py"  # no path of this machine
+    assert alone["launcher"] is None
+    launched = described("--distplan", "CAI Gemini")
+    assert launched["command"] == f"{name} -u {rank} 'the rank'"
+    assert launched["launcher"] == f"{name} {rank} --distplan 'CAI Gemini'"
 
 
 def test_env_json_on_a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -533,7 +623,7 @@ def test_env_json_on_a_bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(Path, "read_text", fail)
     monkeypatch.setattr(os, "sysconf", fail)
     described = environment.describe_environment()
-    assert described["commit"] is None and described["nvidia_driver"] is None and described["host_memory_mib"] is None
+    assert {described[name] for name in ("commit", "nvidia_driver", "host_memory_mib")} == {None}
 
 
 def test_the_commit_is_the_suites_own(tmp_path: Path) -> None:
@@ -554,15 +644,17 @@ def test_the_commit_is_the_suites_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2.0",
-     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC version: 12.2.0"],
-)  # fmt: skip
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC 12.2.0",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC 12.2.0",
+    ],
+)
 def test_driver_version(tmp_path: Path, text: str) -> None:
     (tmp_path / "version").write_text(text)
     assert environment.nvidia_driver(tmp_path / "version") == "550.54.15"
 
 
-# --- Noise --------------------------------------------------------------------------------------------------------
+# --- Noise ----------------------------------------------------------------------------------------
 
 
 def test_importing_colossalai_says_nothing() -> None:
@@ -596,12 +688,9 @@ def test_quieting_twice_filters_once() -> None:
     assert logging.getLogger("colossalai").filters == before
 
 
-@pytest.mark.parametrize("entry", [*noise.KNOWN_WARNINGS, *noise.KNOWN_LOG_LINES], ids=lambda entry: entry.pattern[:30])
+@pytest.mark.parametrize(
+    "entry", [*noise.KNOWN_WARNINGS, *noise.KNOWN_LOG_LINES], ids=lambda e: e.pattern[:30]
+)
 def test_every_silenced_line_has_a_reason(entry: Any) -> None:
     assert len(entry.why) > 20
     re.compile(entry.pattern)
-
-
-def test_summary_lines_leave_out_what_nobody_measured() -> None:
-    text = [line.plain for line in summary_lines({})]
-    assert [line.strip() for line in text if line.strip()] == ["median        p10        p90"]

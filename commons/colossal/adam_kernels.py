@@ -24,18 +24,23 @@ TensorQuad = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _batches(quads: Iterator[TensorQuad], limit: int) -> Iterator[list[TensorQuad]]:
-    """Cut the flat tensors of each quad into pieces of at most ``limit`` elements and group pieces up to that many."""
+    """Group quads of flat tensors into batches of at most ``limit`` elements; only a larger tensor is cut.
+
+    Whole tensors are passed on as they are: at hundreds of parameters, making views would take longer than the GPU's work.
+    """
     batch: list[TensorQuad] = []
     room = limit
     for quad in quads:
-        start, total = 0, quad[0].numel()
-        while start < total:
-            length = min(room, total - start)
-            batch.append(tuple(tensor.view(-1).narrow(0, start, length) for tensor in quad))  # pyright: ignore
-            start, room = start + length, room - length
-            if room == 0:
-                yield batch
-                batch, room = [], limit
+        size = quad[0].numel()
+        if size > room and batch:
+            yield batch
+            batch, room = [], limit
+        if size > limit:
+            for pieces in zip(*(tensor.view(-1).split(limit) for tensor in quad), strict=True):
+                yield [pieces]  # pyright: ignore[reportReturnType]
+            continue
+        batch.append(quad)
+        room -= size
     if batch:
         yield batch
 
@@ -67,37 +72,32 @@ def fused_adam(
     """
     if not params:
         return
-    device = params[0].device
+    # filled on the device: a tensor made from a number would be a copy that waits for the device
+    step_tensor = torch.full((), float(step), device=params[0].device)
+    options = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "amsgrad": False,
+        "maximize": False,
+        "grad_scale": torch.full((), float(div_scale), device=params[0].device) if div_scale > 0 else None,
+        "found_inf": None,
+    }
     kernel = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
-    step_tensor = torch.tensor(float(step), device=device)
-    scale = torch.tensor(float(div_scale), device=device) if div_scale > 0 else None
-    convert = grads[0].dtype != params[0].dtype
-    limit = CONVERSION_ELEMENTS if convert else max(1, sum(param.numel() for param in params))
-    buffer = params[0].new_empty(min(limit, sum(g.numel() for g in grads))) if convert else None
-
-    for batch in _batches(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True), limit):
-        flat_params, flat_grads, flat_avgs, flat_sqs = (list(column) for column in zip(*batch, strict=True))
-        if buffer is not None:
-            converted = list(buffer[: sum(g.numel() for g in flat_grads)].split([g.numel() for g in flat_grads]))
-            torch._foreach_copy_(converted, flat_grads)
-            flat_grads = converted
-        kernel(
-            flat_params,
-            flat_grads,
-            flat_avgs,
-            flat_sqs,
-            [],
-            [step_tensor] * len(flat_params),
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=scale,
-            found_inf=None,
-        )
+    if grads[0].dtype == params[0].dtype:
+        steps = [step_tensor] * len(params)
+        kernel(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], steps, **options)
+        return
+    sizes = [param.numel() for param in params]
+    buffer = params[0].new_empty(min(CONVERSION_ELEMENTS, sum(sizes)))
+    for batch in _batches(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True), CONVERSION_ELEMENTS):
+        flat_params, flat_grads, flat_avgs, flat_sqs = map(list, zip(*batch, strict=True))
+        sizes = [grad.numel() for grad in flat_grads]
+        converted = buffer.narrow(0, 0, sum(sizes)).split(sizes)
+        torch._foreach_copy_(converted, flat_grads)
+        kernel(flat_params, converted, flat_avgs, flat_sqs, [], [step_tensor] * len(sizes), **options)
 
 
 class _FusedOptimizerKernel:

@@ -24,7 +24,7 @@ class BoostedTrainable:
 
     def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
         self.booster, self.model, self.optimizer = booster, model, optimizer
-        self._adam = adam
+        self.adam = adam
         self._no_sync = no_sync
 
     @property
@@ -41,11 +41,11 @@ class BoostedTrainable:
         self.booster.backward(loss, self.optimizer)
 
     def step(self) -> Update:
-        updates = self._adam.updates
+        updates = self.adam.updates
         loss_scale = self._loss_scale()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        skipped = self._adam.updates == updates
+        skipped = self.adam.updates == updates
         norm = self.optimizer.get_grad_norm()
         return Update(None if norm is None or skipped else norm / loss_scale, skipped)
 
@@ -104,7 +104,7 @@ def _model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing == "on",
         )
-    seeded_init_(model, config.seed, None if lazy else DTYPES[config.precision])
+    seeded_init_(model, config.seed, device.torch_device, None if lazy else DTYPES[config.precision])
     return model
 
 

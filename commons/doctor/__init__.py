@@ -5,13 +5,14 @@ process. The parts, each importing only those above it:
 
     findings.py    Finding: level, what was seen, why it matters, the cure as a command
     probes.py      what runs in child processes: loading libcuda, importing torch, a two-process all-reduce
-    machine.py     Machine: every question that a check may ask of the computer (tests answer them from a tree of files)
+    processes.py   child processes with a time limit
+    machine.py     Machine: every question that a check may ask of the computer (tests fake it)
     smi.py         nvidia-smi's answers as records
-    driver.py torch_build.py gpu_state.py packages.py network.py host.py    the checks, a file a subject
-    diagnosis.py   CHECKS, the one table of them; diagnose(), explain_no_gpu(), explain_failure(), why_no_gpu()
+    driver.py libcuda.py torch_build.py gpu_state.py packages.py network.py host.py    the checks
+    diagnosis.py   CHECKS, the one table of them; diagnose(), explain_no_gpu(), explain_failure(), ...
     report.py      findings as text and as JSON
 
-This file keeps to what a very old Python can parse, so that such a one gets a sentence instead of a SyntaxError.
+This file keeps to what a very old Python can parse, so that such a one says a sentence, not SyntaxError.
 """
 
 import sys

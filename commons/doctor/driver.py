@@ -1,4 +1,4 @@
-"""Checks of the way to the GPU: WSL, container, NVIDIA driver, device nodes, CUDA_VISIBLE_DEVICES, MIG, libcuda."""
+"""Checks of the way to the GPU: WSL, container, driver, device nodes, CUDA_VISIBLE_DEVICES, MIG."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ CONTAINER_WITH_GPUS = {
     "docker": "docker run --gpus all --ipc=host ...   # needs the NVIDIA Container Toolkit on the host",
     "podman": "podman run --device nvidia.com/gpu=all ...   # needs nvidia-ctk cdi generate on the host",
     "apptainer": "apptainer exec --nv ...",
-    "kubernetes": "kubectl explain pod.spec.containers.resources.limits   # the pod must ask for nvidia.com/gpu: 1",
+    "kubernetes": "kubectl explain pod.spec.containers.resources.limits   # the pod must ask for"
+    " nvidia.com/gpu: 1",
 }
 TRAIN_ON_CPU = "bash run_gemini.sh --device cpu"
 
 
 def nvidia_hardware(machine: Machine) -> list[str]:
-    """PCI addresses of NVIDIA display controllers. WSL and most clouds' containers show none or the host's."""
+    """PCI addresses of NVIDIA display controllers; WSL shows none, a container its host's."""
     found = []
     for path in machine.glob("/sys/bus/pci/devices/*/vendor"):
         folder = str(PurePosixPath(path).parent)
@@ -49,7 +50,8 @@ def system(machine: Machine) -> Iterator[Finding]:
             "unsupported",
             f"{machine.system} is not supported",
             seen=seen,
-            why="Colossal-AI and NCCL run on Linux only; on Windows, WSL 2 is a Linux with access to the GPU.",
+            why="Colossal-AI and NCCL run on Linux only; on Windows, WSL 2 is a Linux with access to the"
+            " GPU.",
             cure="wsl.exe --install   # on Windows, in PowerShell; elsewhere use a Linux machine",
         )
     else:
@@ -84,14 +86,16 @@ SMI_PROBLEMS: Sequence[tuple[str, str, str, str, str]] = (
         r"Driver/library version mismatch",
         "version-mismatch",
         "the NVIDIA driver was updated and the old kernel module is still loaded",
-        "The libraries on disk and the module in the kernel must be of one version; until then CUDA sees no GPU.",
+        "The libraries on disk and the module in the kernel must be of one version; until then CUDA sees no"
+        " GPU.",
         "sudo reboot",
     ),
     (
         r"couldn't communicate with the NVIDIA driver|NVML: Driver Not Loaded",
         "not-loaded",
         "the NVIDIA kernel module is not loaded",
-        "Usually a kernel update for which the module was not built, or Secure Boot refusing an unsigned module.",
+        "Usually a kernel update for which the module was not built, or Secure Boot refusing an unsigned"
+        " module.",
         'sudo modprobe nvidia || sudo dmesg | grep -iE "nvidia|nouveau|secure boot|lockdown"\n'
         "sudo apt-get install --reinstall linux-headers-$(uname -r) && sudo dkms autoinstall && sudo reboot",
     ),
@@ -135,10 +139,10 @@ SMI_PROBLEMS: Sequence[tuple[str, str, str, str, str]] = (
 
 def driver(machine: Machine) -> Iterator[Finding]:
     answer = smi(machine)
-    if answer.gpus:
-        gpus = "; ".join(f"{gpu.index}: {gpu.name}, {memory_text(gpu)}" for gpu in answer.gpus)
+    for gpu in answer.gpus[:1]:  # all have one driver
+        names = "; ".join(f"{each.index}: {each.name}, {memory_text(each)}" for each in answer.gpus)
         count = f"{len(answer.gpus)} GPU{'s' if len(answer.gpus) > 1 else ''}"
-        yield ok(f"NVIDIA driver {answer.gpus[0].driver_version}, {count}", f"{answer.path}: {gpus}")
+        yield ok(f"NVIDIA driver {gpu.driver_version}, {count}", f"{answer.path}: {names}")
     if answer.timed_out:
         yield error(
             "hangs",
@@ -182,8 +186,10 @@ def without_nvidia_smi(machine: Machine) -> Finding:
         return error(
             "container",
             "this container was started without the GPUs",
-            seen=f"the host has an NVIDIA GPU ({traces[0]}); no nvidia-smi here; NVIDIA_VISIBLE_DEVICES is {void}",
-            why="A container sees a GPU only if the engine is told to pass it in, with the host's driver libraries.",
+            seen=f"the host has an NVIDIA GPU ({traces[0]}); no nvidia-smi here; NVIDIA_VISIBLE_DEVICES is"
+            f" {void}",
+            why="A container sees a GPU only if the engine is told to pass it in, with the host's driver"
+            " libraries.",
             cure=with_gpus(machine),
         )
     if hardware:
@@ -191,9 +197,11 @@ def without_nvidia_smi(machine: Machine) -> Finding:
         return error(
             "not-installed",
             "there is an NVIDIA GPU and no NVIDIA driver",
-            seen=f"PCI {', '.join(hardware)}; no nvidia-smi" + ("; the kernel uses nouveau" if nouveau else ""),
+            seen=f"PCI {', '.join(hardware)}; no nvidia-smi"
+            + ("; the kernel uses nouveau" if nouveau else ""),
             why="CUDA needs NVIDIA's own driver; nouveau cannot run it.",
-            cure="sudo ubuntu-drivers install   # Ubuntu; elsewhere the distribution's NVIDIA driver package\nsudo reboot",
+            cure="sudo ubuntu-drivers install   # Ubuntu; elsewhere the distribution's NVIDIA driver"
+            " package\nsudo reboot",
         )
     return no_gpu(machine)
 
@@ -204,8 +212,10 @@ def no_gpu(machine: Machine) -> Finding:
             "no-gpu",
             "Windows offers WSL no NVIDIA GPU",
             seen=f"no nvidia-smi in {WSL_LIBRARIES}",
-            why="NVIDIA's Windows driver brings its Linux side along, in that folder; it is missing or too old.",
-            cure=f"nvidia-smi.exe   # in PowerShell: if this fails too, install NVIDIA's driver on Windows\n{UPDATE_WSL}",
+            why="NVIDIA's Windows driver brings its Linux side along, in that folder; it is missing or too"
+            " old.",
+            cure="nvidia-smi.exe   # in PowerShell: if this fails too, install NVIDIA's driver on"
+            f" Windows\n{UPDATE_WSL}",
         )
     return warning(
         "no-gpu",
@@ -223,7 +233,11 @@ def device_nodes(machine: Machine) -> Iterator[Finding]:
     if machine.wsl == 2:
         yield from wsl_node(machine)
         return
-    nodes = [*machine.glob("/dev/nvidia[0-9]*"), *machine.glob("/dev/nvidiactl"), *machine.glob("/dev/nvidia-uvm")]
+    nodes = [
+        *machine.glob("/dev/nvidia[0-9]*"),
+        *machine.glob("/dev/nvidiactl"),
+        *machine.glob("/dev/nvidia-uvm"),
+    ]
     if not nodes and not smi(machine).gpus:
         return  # the driver check has said it
     if machine.libcuda.works:
@@ -251,11 +265,13 @@ def forbidden(machine: Machine, problems: dict[str, str]) -> Finding:
     return error(
         "permission",
         "this user may not open the GPU's device nodes",
-        seen="; ".join(f"{node}: {problem}" for node, problem in problems.items()) + f"; their group is {group}",
+        seen="; ".join(f"{node}: {problem}" for node, problem in problems.items())
+        + f"; their group is {group}",
         why="CUDA then reports that there is no GPU, not that it was forbidden.",
         cure=with_gpus(machine)
         if machine.container
-        else f"sudo usermod -aG {groups} $USER   # then log in again; on a cluster, ask the scheduler for a GPU",
+        else f"sudo usermod -aG {groups} $USER   # then log in again; on a cluster, ask the scheduler for a"
+        " GPU",
     )
 
 
@@ -278,7 +294,8 @@ def wsl_node(machine: Machine) -> Iterator[Finding]:
         "no-dxg",
         "WSL has no /dev/dxg",
         seen=f"kernel {machine.kernel}; no /dev/dxg",
-        why="It is the one device node through which WSL reaches the GPU; an old WSL kernel or Windows lacks it.",
+        why="It is the one device node through which WSL reaches the GPU; an old WSL kernel or Windows"
+        " lacks it.",
         cure=with_gpus(machine) if machine.container else UPDATE_WSL,
     )
 
@@ -288,7 +305,7 @@ def wsl_node(machine: Machine) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Visible:
-    """What CUDA makes of CUDA_VISIBLE_DEVICES: it reads from the left and stops at the first entry it cannot use."""
+    """What CUDA makes of CUDA_VISIBLE_DEVICES: it stops at the first entry that it cannot use."""
 
     entries: tuple[str, ...]
     cause: str = ""
@@ -307,8 +324,8 @@ HIDDEN = {
 def read_visible_devices(value: str, count: int, uuids: Sequence[str]) -> Visible:
     """https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
 
-    count: the GPUs of this machine; uuids: theirs and their MIG devices', empty where unknown. A repeated entry
-    leaves nothing, as torch reads it (torch.cuda.device_count).
+    count: the GPUs of this machine; uuids: theirs and their MIG devices', empty where unknown.
+    A repeated entry leaves nothing, as torch reads it (torch.cuda.device_count).
     """
     entries: list[str] = []
     for entry in (part.strip() for part in value.split(",")):
@@ -337,7 +354,11 @@ def visible_devices(machine: Machine) -> Iterator[Finding]:
     gpus = smi(machine).gpus
     count = len(gpus) or len(machine.libcuda.devices)
     if value is None or not count:
-        yield ok("CUDA_VISIBLE_DEVICES is not set" if value is None else f'CUDA_VISIBLE_DEVICES="{value}", no GPU to hide')
+        yield ok(
+            "CUDA_VISIBLE_DEVICES is not set"
+            if value is None
+            else f'CUDA_VISIBLE_DEVICES="{value}", no GPU to hide'
+        )
         return
     uuids = [gpu.uuid for gpu in gpus]
     if "MIG-" in value:
@@ -352,7 +373,8 @@ def visible_devices(machine: Machine) -> Iterator[Finding]:
         visible.cause,
         f"CUDA_VISIBLE_DEVICES {HIDDEN[visible.cause]}",
         seen=f'CUDA_VISIBLE_DEVICES="{value}"; GPUs here: {there}',
-        why=f'CUDA stops reading at "{visible.culprit}"; what it then sees: {", ".join(visible.entries) or "no GPU"}.',
+        why=f'CUDA stops reading at "{visible.culprit}"; what it then sees:'
+        f" {', '.join(visible.entries) or 'no GPU'}.",
         cure=visible_devices_cure(machine, visible),
     )
 
@@ -399,7 +421,8 @@ def split_gpus(split: Sequence[Gpu], devices: Sequence[str]) -> Finding:
         f"GPU {numbers}: split into {len(devices)} MIG instances",
         seen=", ".join(devices),
         why="A process sees one instance only, and NCCL cannot join instances: one rank is all that works.",
-        cure=f"export CUDA_VISIBLE_DEVICES={devices[0]}\nsudo nvidia-smi -i {numbers} -mig 0   # or whole GPUs",
+        cure=f"export CUDA_VISIBLE_DEVICES={devices[0]}\nsudo nvidia-smi -i {numbers} -mig 0   # or whole"
+        " GPUs",
     )
 
 
@@ -419,9 +442,13 @@ def compute_mode(machine: Machine) -> Iterator[Finding]:
                 "exclusive",
                 f"GPU {gpu.index} takes one process only",
                 seen=f"compute mode {gpu.compute_mode}",
-                why="Training fails with 'devices are busy or unavailable' while any other process is on this GPU.",
+                why="Training fails with 'devices are busy or unavailable' while any other process is on"
+                " this GPU.",
                 cure=f"sudo nvidia-smi -i {gpu.index} -c DEFAULT",
             )
     if gpus and all(gpu.compute_mode in ("Default", None) for gpu in gpus):
         modes = {gpu.persistence_mode or "unknown" for gpu in gpus}
-        yield ok("several processes may share a GPU", f"compute mode Default; persistence mode {', '.join(sorted(modes))}")
+        yield ok(
+            "several processes may share a GPU",
+            f"compute mode Default; persistence mode {', '.join(sorted(modes))}",
+        )

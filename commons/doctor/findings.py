@@ -13,8 +13,8 @@ Level = Literal["ok", "warning", "error"]
 class Finding:
     """One result of one check.
 
-    id: stable; "<check>" where all is well, "<check>.<cause>" otherwise. A check's function gives the cause alone;
-        diagnosis.py puts the check's name before it.
+    id: stable; "<check>" where all is well, "<check>.<cause>" otherwise. A check's function gives the cause
+        alone; diagnosis.py puts the check's name before it.
     seen: the evidence, as read from the machine.
     why: what it leads to in a training run.
     cure: shell commands, one a line; never empty for a warning or an error.

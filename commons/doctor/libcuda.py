@@ -10,7 +10,14 @@ from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import WSL_LIBRARIES, Machine
 from commons.doctor.smi import smi
 
-LIBRARY_FOLDERS = ("/usr/lib/*", "/usr/lib64", "/lib64", "/usr/lib", "/usr/local/cuda*/compat", "/usr/local/nvidia/lib*")
+LIBRARY_FOLDERS = (
+    "/usr/lib/*",
+    "/usr/lib64",
+    "/lib64",
+    "/usr/lib",
+    "/usr/local/cuda*/compat",
+    "/usr/local/nvidia/lib*",
+)
 NO_DEVICE = 100
 STUB_LIBRARY = 34
 
@@ -62,7 +69,8 @@ INIT_PROBLEMS: dict[int, tuple[str, str, str, str, str]] = {
         "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
         "compat",
         "a forward-compatibility libcuda was loaded, which this kind of GPU does not take",
-        "NVIDIA's compat package lets data-centre GPUs run newer CUDA on an old driver; GeForce cards refuse it.",
+        "NVIDIA's compat package lets data-centre GPUs run newer CUDA on an old driver; GeForce cards"
+        " refuse it.",
         'export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v compat | paste -sd:)\n'
         "sudo apt-get purge 'cuda-compat-*'",
     ),
@@ -90,18 +98,22 @@ def libcuda(machine: Machine) -> Iterator[Finding]:
         yield from not_loaded(machine)
     elif facts.works:
         version = ".".join(map(str, facts.version or ()))
-        yield ok(f"libcuda works and runs CUDA up to {version}", f"{', '.join(facts.paths)}: {device_names(machine)}")
+        yield ok(
+            f"libcuda works and runs CUDA up to {version}",
+            f"{', '.join(facts.paths)}: {device_names(machine)}",
+        )
         yield from linux_driver_in_wsl(machine)
-    elif is_shadowed(machine):
-        yield shadowed(machine)
     elif facts.init_code == STUB_LIBRARY or any("/stubs/" in path for path in facts.paths):
         yield error(
             "stub",
             "the toolkit's stub of libcuda is loaded in place of the driver's",
             seen=", ".join(facts.paths),
             why="The stub exists for linking on machines without a driver; it answers no call.",
-            cure='export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v stubs | paste -sd:)',
+            cure='export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v stubs | paste'
+            " -sd:)",
         )
+    elif is_shadowed(machine):
+        yield shadowed(machine)
     else:
         yield from init_failure(machine)
 
@@ -115,13 +127,13 @@ def device_names(machine: Machine) -> str:
 
 
 def is_shadowed(machine: Machine) -> bool:
-    """The loaded libcuda is not the one that Windows put into WSL. Containers get theirs mounted elsewhere."""
+    """The loaded libcuda is not the one that Windows put into WSL. Containers have theirs elsewhere."""
     in_wsl = machine.wsl == 2 and not machine.container
     return in_wsl and not any(path.startswith("/usr/lib/wsl/") for path in machine.libcuda.paths)
 
 
 def linux_libcudas(machine: Machine) -> list[str]:
-    """Files of a Linux driver's libcuda (they carry its version in the name), links and WSL's own left out."""
+    """Files of a Linux driver's libcuda (with its version in the name), links and WSL's own left out."""
     found = [path for folder in LIBRARY_FOLDERS for path in machine.glob(f"{folder}/libcuda.so.*.*")]
     own = [path for path in found if not path.startswith("/usr/lib/wsl/") and not machine.is_link(path)]
     return list(dict.fromkeys(own))
@@ -132,7 +144,9 @@ def owning_package(machine: Machine, path: str) -> tuple[str, str]:
     for name in (path, path.removeprefix("/usr")):
         answer = machine.run(["dpkg", "-S", name])
         if answer.returncode == 0 and ": " in answer.stdout:
-            return "sudo apt-get purge", answer.stdout.split(": ")[0].split(",")[0].removesuffix(":amd64").strip()
+            return "sudo apt-get purge", answer.stdout.split(": ")[0].split(",")[0].removesuffix(
+                ":amd64"
+            ).strip()
     answer = machine.run(["rpm", "-qf", "--queryformat", "%{NAME}", path])
     return ("sudo dnf remove", answer.stdout.strip()) if answer.returncode == 0 else ("", "")
 
@@ -145,7 +159,8 @@ def removal(machine: Machine, path: str) -> str:
     if machine.which("nvidia-uninstall"):
         return "sudo nvidia-uninstall && sudo ldconfig"
     folder = PurePosixPath(path).parent
-    return f"sudo mkdir -p /root/linux-driver && sudo mv {folder}/libcuda.so* /root/linux-driver/ && sudo ldconfig"
+    aside = "/root/linux-driver"
+    return f"sudo mkdir -p {aside} && sudo mv {folder}/libcuda.so* {aside}/ && sudo ldconfig"
 
 
 def shadowed(machine: Machine) -> Finding:
@@ -160,9 +175,10 @@ def shadowed(machine: Machine) -> Finding:
         "shadowed",
         "a Linux NVIDIA driver inside WSL hides the one from Windows",
         seen=f"a process loads {path}{origin}; cuInit answers {facts.init_code} {name}{smi_text}",
-        why=f"In WSL the GPU is reached through {WSL_LIBRARIES}/libcuda.so.1, which comes with the Windows driver. A Linux"
-        " driver's libcuda looks for /dev/nvidia*, which WSL does not have, so torch says 'No CUDA GPUs are available'"
-        " although nvidia-smi, which uses the right library, works. CUDA packages of a distribution often bring it in.",
+        why=f"In WSL the GPU is reached through {WSL_LIBRARIES}/libcuda.so.1, which comes with Windows' driver."
+        " A Linux driver's libcuda looks for /dev/nvidia*, which WSL does not have: torch says 'No CUDA GPUs"
+        " are available', while nvidia-smi, which needs no libcuda, works. A distribution's CUDA packages"
+        " (nvidia-cuda-toolkit) often bring it in.",
         cure=f"LD_LIBRARY_PATH={WSL_LIBRARIES} bash run_gemini.sh   # at once, without removing anything\n"
         f"{removal(machine, path)}",
     )
@@ -175,7 +191,8 @@ def linux_driver_in_wsl(machine: Machine) -> Iterator[Finding]:
             "linux-driver-in-wsl",
             "a Linux NVIDIA driver is installed inside WSL",
             seen=f"{', '.join(others)}; loaded today: {', '.join(machine.libcuda.paths)}",
-            why="The next package update may put its libcuda before the one from Windows, and the GPU is gone.",
+            why="The next package update may put its libcuda before the one from Windows, and the GPU is"
+            " gone.",
             cure=removal(machine, others[0]),
         )
 
@@ -202,7 +219,8 @@ def not_loaded(machine: Machine) -> Iterator[Finding]:
             why="nvidia-smi only manages the GPU; computing on it goes through libcuda.so.1.",
             cure=f"{with_gpus(machine)}   # with -e NVIDIA_DRIVER_CAPABILITIES=compute,utility"
             if machine.container
-            else f"sudo apt-get install libnvidia-compute-{branch}   # or this driver's package of your distribution",
+            else f"sudo apt-get install libnvidia-compute-{branch}   # or this driver's package of your"
+            " distribution",
         )
 
 

@@ -1,7 +1,7 @@
 """Machine: every question that a check may ask of the computer, so that a test can fake a whole computer.
 
-Files are read below `root`; programs are found in PATH below `root`; what only a running system can answer (limits,
-disks, addresses, the probes) is a method or a cached property of its own, which a fake overrides.
+Files are read below `root`; programs are found in PATH below `root`; what only a running system can answer
+(limits, disks, addresses, the probes) is a method or a cached property of its own, which a fake overrides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ Answer = TypeVar("Answer")
 
 WSL_LIBRARIES = "/usr/lib/wsl/lib"
 # nvidia-smi is there and not always on PATH
-EXTRA_PROGRAM_FOLDERS = (WSL_LIBRARIES, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+EXTRA_PROGRAM_FOLDERS = (
+    WSL_LIBRARIES,
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,9 @@ class Machine:
     ) -> dict[str, Any]:
         """Runs probes.py; its answer, or {"error": ..., "timed_out": ...} where it gave none."""
         done = run_process(
-            probe_command(*arguments), self.environment if environment is None else environment, timeout_seconds
+            probe_command(*arguments),
+            self.environment if environment is None else environment,
+            timeout_seconds,
         )
         return probe_answer(done, timeout_seconds)
 
@@ -288,7 +298,9 @@ class Machine:
 
     @cached_property
     def libcuda(self) -> Libcuda:
-        environment = {name: value for name, value in self.environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment = {
+            name: value for name, value in self.environment.items() if name != "CUDA_VISIBLE_DEVICES"
+        }
         answer = self.probe("libcuda", timeout_seconds=30, environment=environment)
         answer["devices"] = devices_of(answer)
         answer["paths"] = tuple(answer.get("paths", ()))
@@ -338,7 +350,9 @@ class Machine:
             environment.pop(name, None)
         with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
             commands = [
-                probe_command("all-reduce", backend, str(rank), str(ranks), f"{folder}/store", str(timeout_seconds))
+                probe_command(
+                    "all-reduce", backend, str(rank), str(ranks), f"{folder}/store", str(timeout_seconds)
+                )
                 for rank in range(ranks)
             ]
             results = run_together(commands, environment, timeout_seconds, folder)
@@ -366,7 +380,9 @@ def read_torch_version(folder: Path) -> TorchFiles:
 def judge_all_reduce(results: Sequence[Completed], ranks: int, timeout_seconds: float) -> AllReduce:
     answers = [probe_answer(result, timeout_seconds) for result in results]
     log = "\n".join(result.text for result in results)
-    failed = next((i for i, answer in enumerate(answers) if "sum" not in answer and not results[i].timed_out), None)
+    failed = next(
+        (i for i, answer in enumerate(answers) if "sum" not in answer and not results[i].timed_out), None
+    )
     if failed is None and any(result.timed_out for result in results):
         return AllReduce(False, log=log, error=f"no sum within {timeout_seconds:g} s", timed_out=True)
     if failed is not None:

@@ -2,10 +2,10 @@
 
 Run as a script by machine.py, with the interpreter that would train; prints one line of JSON last:
 
-    probes.py libcuda                                   load the driver's library and initialise it
-    probes.py torch                                     import torch and ask what it was built for and what it sees
-    probes.py hostname                                  this machine's name as an address
-    probes.py all-reduce BACKEND RANK RANKS STORE SECONDS   one rank of a real all-reduce, met through the file STORE
+    probes.py libcuda       load the driver's library and initialise it
+    probes.py torch         import torch and ask what it was built for and what it sees
+    probes.py hostname      this machine's name as an address
+    probes.py all-reduce BACKEND RANK RANKS STORE SECONDS     one rank of an all-reduce, met through a file
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def mapped_libraries(name: str) -> list[str]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines() if name in line}
+    paths = {
+        line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines() if name in line
+    }
     return sorted(paths)
 
 
@@ -124,7 +126,11 @@ def all_reduce(backend: str, rank: int, ranks: int, store: str, seconds: float) 
         torch.cuda.set_device(device)
     # a file as the meeting point: the only sockets of this process are then the backend's own
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=seconds),
     )
     values = torch.full((1 << 18,), float(rank + 1), device=device)
     dist.all_reduce(values)  # connects

@@ -81,7 +81,7 @@ def probe_answer(done: Completed, timeout_seconds: float) -> dict[str, Any]:
 def run_together(
     commands: Sequence[Sequence[str]], environment: Mapping[str, str], timeout_seconds: float, folder: str
 ) -> list[Completed]:
-    """Starts all, waits for all, leaves none behind. Output goes to files: a full pipe must not look like a hang."""
+    """Starts all, waits for all, leaves none behind. Output goes to files: a full pipe would be a hang."""
     deadline = time.monotonic() + timeout_seconds
     logs = [(Path(folder) / f"out{i}", Path(folder) / f"err{i}") for i in range(len(commands))]
     children: list[subprocess.Popen[bytes]] = []
@@ -105,10 +105,17 @@ def run_together(
     ]
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path
+) -> subprocess.Popen[bytes]:
     with out.open("wb") as stdout, err.open("wb") as stderr:
         return subprocess.Popen(
-            command, env=dict(environment), cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            command,
+            env=dict(environment),
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
         )
 
 

@@ -57,7 +57,9 @@ class Smi:
 def known(text: str) -> str | None:
     """None for [N/A], [Not Supported], [Insufficient Permissions], [Unknown Error] and the like."""
     text = text.strip()
-    return None if not text or text.startswith("[") or text in ("N/A", "Not Supported", "Not Active") else text
+    return (
+        None if not text or text.startswith("[") or text in ("N/A", "Not Supported", "Not Active") else text
+    )
 
 
 def number(text: str) -> float | None:
@@ -126,7 +128,9 @@ def read_answer(path: str, asked: list[str], done: Completed) -> Smi:
         values = line.split(",")
         if len(values) != len(asked) or not values[0].strip().isdigit():
             return Smi(path, tuple(gpus), problem=done.text)
-        gpus.append(Gpu(**{field: QUERY[field][1](value) for field, value in zip(asked, values, strict=True)}))
+        gpus.append(
+            Gpu(**{field: QUERY[field][1](value) for field, value in zip(asked, values, strict=True)})
+        )
     return Smi(path, tuple(gpus), problem="" if gpus else done.text or "No devices were found")
 
 
@@ -136,10 +140,10 @@ def smi(machine: Machine) -> Smi:
 
 
 def driver_cuda(machine: Machine) -> tuple[int, int] | None:
-    """The newest CUDA that the driver runs: what a working libcuda says, else nvidia-smi's header, else its branch.
+    """The newest CUDA that the driver runs, by a working libcuda, else nvidia-smi's header, else its branch.
 
-    libcuda comes first because of NVIDIA's forward-compatibility package, and only where it works: a Linux driver
-    installed inside WSL has a version of its own, which says nothing.
+    libcuda comes first because of NVIDIA's forward-compatibility package, and only where it works: a Linux
+    driver installed inside WSL has a version of its own, which says nothing.
     """
     if machine.libcuda.init_code == 0 and machine.libcuda.version:
         return machine.libcuda.version

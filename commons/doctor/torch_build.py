@@ -1,4 +1,4 @@
-"""Checks of torch: is it there, what was it built for, does it fit the driver and the GPU, does it see the GPU."""
+"""Checks of torch: is it there, for what was it built, does it fit driver and GPU, does it see the GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import CudaDevice, Machine
+from commons.doctor.packages import shared_cuda_libraries
 from commons.doctor.smi import driver_cuda, smi
 
-# pip's default build of torch: up to 2.10 with CUDA 12.8, from 2.11 on with CUDA 13.0
+# pip's default build of torch is for CUDA 12 up to 2.10 (12.4, 12.6, then 12.8) and for CUDA 13 from 2.11 on
 NEWEST_TORCH_WITH_CUDA_12 = "2.10.0"
 NEWEST_TORCH_TESTED = "2.13.0"
 # the last release whose default build has code for Pascal and Volta (6.0 to 7.0)
@@ -25,8 +26,10 @@ def gpus_are_there(machine: Machine) -> bool:
 
 
 def install(machine: Machine, version: str) -> str:
-    """pip would keep an installed build of the same version, so it is told to replace it."""
-    return f'{machine.python_path} -m pip install --force-reinstall "torch=={version}"'
+    """Puts this version in the place of the present build, of which pip might keep the libraries."""
+    pip = f"{machine.python_path} -m pip"
+    libraries = sorted({package.name for package in shared_cuda_libraries(machine)})
+    return f"{pip} uninstall -y {' '.join(['torch', *libraries])} && {pip} install torch=={version}"
 
 
 def default_version(machine: Machine) -> str:
@@ -62,7 +65,10 @@ def torch_build(machine: Machine) -> Iterator[Finding]:
             cure=install(machine, default_version(machine)),
         )
     else:
-        yield ok(f"torch {files.version}", f"built for {f'CUDA {files.cuda}' if files.cuda else 'the CPU'}, {files.path}")
+        yield ok(
+            f"torch {files.version}",
+            f"built for {f'CUDA {files.cuda}' if files.cuda else 'the CPU'}, {files.path}",
+        )
 
 
 def torch_import(machine: Machine) -> Iterator[Finding]:
@@ -77,8 +83,10 @@ def torch_import(machine: Machine) -> Iterator[Finding]:
         "fails",
         "torch is installed and cannot be imported",
         seen=facts.error + (f"; LD_LIBRARY_PATH={library_path}" if library_path else ""),
-        why="Libraries of another CUDA, in LD_LIBRARY_PATH or left by another version of torch, stand before its own.",
-        cure=(f"env -u LD_LIBRARY_PATH {machine.python_path} -c 'import torch'   # if this works, it was the variable\n"
+        why="Libraries of another CUDA, in LD_LIBRARY_PATH or left by another version of torch, stand"
+            " before its own.",
+        cure=(f"env -u LD_LIBRARY_PATH {machine.python_path} -c 'import torch'   # if this works, it was"
+              " the variable\n"
               if library_path else "")
         + install(machine, default_version(machine)),
     )  # fmt: skip
@@ -101,7 +109,11 @@ def torch_cuda(machine: Machine) -> Iterator[Finding]:
 def driver_too_old(machine: Machine, newest: str) -> Finding:
     files, gpus = machine.torch_files, smi(machine).gpus
     version = gpus[0].driver_version if gpus else "unknown"
-    branch = f"driver {DRIVER_BRANCH_FOR_CUDA_13} or newer" if (files.cuda or "").startswith("13") else "a newer driver"
+    branch = (
+        f"driver {DRIVER_BRANCH_FOR_CUDA_13} or newer"
+        if (files.cuda or "").startswith("13")
+        else "a newer driver"
+    )
     update = (
         f"# or install {branch} on Windows, never inside WSL, then in PowerShell: wsl.exe --shutdown"
         if machine.wsl == 2
@@ -118,10 +130,10 @@ def driver_too_old(machine: Machine, newest: str) -> Finding:
 
 
 def has_code_for(capability: tuple[int, int], arch_list: Iterable[str]) -> bool:
-    """sm_XY runs on the same major version from minor Y on; compute_XY is compiled at run time for all newer ones.
+    """sm_XY runs on GPUs X.Y and newer of the same X; compute_XY is compiled at run time for all newer ones.
 
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide/ (binary and PTX compatibility). An "a" at the end (sm_90a)
-    means that exact capability.
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/ (binary and PTX compatibility). An "a" at the end
+    (sm_90a) means that exact capability.
     """
     for kind, digits, suffix in re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(arch_list)):
         built = (int(digits[:-1]), int(digits[-1]))
@@ -164,7 +176,8 @@ def no_code(machine: Machine, device: CudaDevice) -> Finding:
     return error(
         "no-code",
         f"torch has no code for {device.name}",
-        seen=f"compute capability {capability}; torch {machine.torch.version} has {' '.join(machine.torch.arch_list)}",
+        seen=f"compute capability {capability}; torch {machine.torch.version} has"
+        f" {' '.join(machine.torch.arch_list)}",
         why=f"The GPU is {age} this build: 'no kernel image is available for execution on the device'.",
         cure=install(machine, version),
     )
@@ -179,13 +192,17 @@ def torch_gpu(machine: Machine) -> Iterator[Finding]:
     facts = machine.torch
     if facts.imported and facts.devices:
         nccl = f"; NCCL {facts.nccl}" if facts.nccl else ""
-        yield ok(f"torch sees {len(facts.devices)} GPU(s)", ", ".join(device.name for device in facts.devices) + nccl)
+        yield ok(
+            f"torch sees {len(facts.devices)} GPU(s)",
+            ", ".join(device.name for device in facts.devices) + nccl,
+        )
     elif facts.imported:
         yield error(
             "none",
             "torch sees no GPU",
             seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0],
-            why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this environment.",
+            why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this"
+            " environment.",
             cure=f'{machine.python_path} -c "import torch; torch.cuda.init()"   # the whole message',
         )
 
@@ -202,7 +219,9 @@ def nvcc(machine: Machine) -> Iterator[Finding]:
     release = re.search(r"release (\d+\.\d+)", machine.run(["nvcc", "--version"]).stdout)
     yield ok(f"nvcc {release[1] if release else 'of unknown version'} does not matter here", path, why)
     folders = machine.environment.get("LD_LIBRARY_PATH", "").split(":")
-    toolkit = [folder for folder in folders if re.search(r"/cuda[^/]*/(lib|lib64|targets/[^/]+/lib)/?$", folder)]
+    toolkit = [
+        folder for folder in folders if re.search(r"/cuda[^/]*/(lib|lib64|targets/[^/]+/lib)/?$", folder)
+    ]
     if toolkit and machine.torch_files.cuda:
         yield warning(
             "library-path",

@@ -1,0 +1,88 @@
+"""torch's fused Adam behind Colossal-AI's loaders against Colossal-AI's own CUDA kernel: time and memory of the optimizer phase.
+
+    python -m benchmarks.adam_kernels [--out FILE] [training flags]
+
+Needs a GPU and nvcc (Colossal-AI builds its kernel, about a minute). One session is trained; the kernel is swapped every step, so
+both see the same weights, gradients and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from commons import device
+from commons.config import TrainConfig
+from commons.environment import describe_environment
+
+
+class Meter:
+    """Wraps a kernel and notes how much memory it takes at most beyond what was there."""
+
+    def __init__(self, kernel: Callable) -> None:
+        self._kernel = kernel
+        self.extra_mib: list[float] = []
+
+    def __call__(self, *args: object) -> None:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._kernel(*args)
+        self.extra_mib.append((torch.cuda.max_memory_allocated() - before) / device.MIB)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("adam_kernels.json"))
+    arguments, training_flags = parser.parse_known_args()
+    config = TrainConfig.from_cli(["--distplan", "CAI_Gemini", *training_flags])
+    here = device.launch(config.device, config.timeout)
+
+    from commons.engine import build_session, train_steps
+
+    session = build_session(config, here)
+    from colossalai.kernel.extensions import FusedOptimizerCudaExtension
+
+    adam = session.trainable.adam  # pyright: ignore[reportAttributeAccessIssue]
+    upstream = FusedOptimizerCudaExtension().load().multi_tensor_adam
+    kernels = {"torch": adam.gpu_adam_op, "colossalai": upstream}
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    meters = {name: Meter(kernel) for name, kernel in kernels.items()}
+    steps = train_steps(session)
+    for index in range(config.train_step):
+        name = list(kernels)[index % 2]
+        # memory in the first steps, time in the rest: the meter's synchronisation would be in the time
+        measure_memory = index < config.warmup_step
+        adam.gpu_adam_op = meters[name] if measure_memory else kernels[name]
+        record = next(steps)
+        if not measure_memory and record.optimizer_seconds is not None:
+            times[name].append(record.optimizer_seconds * 1000)
+    report(arguments.out, config, times, meters, describe_environment(here.name))
+    device.teardown()
+
+
+def report(out: Path, config: TrainConfig, times: dict, meters: dict[str, Meter], environment: dict) -> None:
+    """Write the JSON and print its heart."""
+    kernels = {
+        name: {
+            "optimizer_ms_median": statistics.median(times[name]),
+            "optimizer_ms_min": min(times[name]),
+            "optimizer_ms_max": max(times[name]),
+            "steps": len(times[name]),
+            "extra_memory_mib": max(meters[name].extra_mib),
+        }
+        for name in times
+    }
+    ratio = kernels["torch"]["optimizer_ms_median"] / kernels["colossalai"]["optimizer_ms_median"]
+    result = {"kernels": kernels, "ratio": ratio, "config": config.as_dict(), "environment": environment}
+    out.write_text(json.dumps(result, indent=2))
+    print(json.dumps({"kernels": kernels, "ratio": ratio}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Speed of plans and sizes: every case in a process of its own, the repeats interleaved, medians and spread.
+
+    python -m benchmarks.speed plans --out results/plans        all plans on gpt2_medium, one GPU and as many as there are
+    python -m benchmarks.speed --list                           the sets of cases
+
+Writes OUT.json (every repeat's summary, hardware, versions, command, commit) and OUT.md (a table).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from commons.environment import describe_environment
+from commons.plans import PLANS
+
+CASE_SECONDS = 420
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a label of its own, the flags of train_gpt_demo.py, and how many ranks."""
+
+    label: str
+    flags: tuple[str, ...]
+    ranks: int = 1
+
+
+def _plans(devices: int) -> list[Case]:
+    """Every data-parallel plan on gpt2_medium, batch 16, sequence 1024, bf16."""
+    names = [name for name, plan in PLANS.items() if not plan.pipeline]
+    counts = sorted({1, devices})
+    return [Case(f"{name} × {ranks}", ("--distplan", name), ranks) for ranks in counts for name in names]
+
+
+def _smoke(devices: int) -> list[Case]:
+    """Two plans on gpt2_tiny, for a look at the tool itself."""
+    return [Case(name, ("--distplan", name, "--model_type", "gpt2_tiny"), devices) for name in ("CAI_Gemini", "Pytorch_DDP")]
+
+
+# name -> the cases for a machine with so many devices
+SETS: dict[str, Callable[[int], list[Case]]] = {"plans": _plans, "smoke": _smoke}
+
+COLUMNS: dict[str, Callable[[list[dict]], str]] = {
+    "step, ms": lambda runs: _spread(runs, "step_seconds", 1000, 1),
+    "forward": lambda runs: _spread(runs, "forward_seconds", 1000, 1),
+    "backward": lambda runs: _spread(runs, "backward_seconds", 1000, 1),
+    "optimizer": lambda runs: _spread(runs, "optimizer_seconds", 1000, 1),
+    "tokens/s": lambda runs: _spread(runs, "tokens_per_second", 1, 0),
+    "model TFLOPS a device": lambda runs: _spread(runs, "model_tflops_per_device", 1, 1),
+    "MFU": lambda runs: _spread(runs, "mfu", 100, 1),
+    "peak memory, MiB": lambda runs: _spread(runs, "device_memory_peak_mib", 1, 0),
+}
+
+
+def _median_of(run: dict, key: str) -> float | None:
+    value = run["statistics"][key]["median"] if "statistics" in run else run[key]["median"]
+    return value
+
+
+def _spread(runs: list[dict], key: str, factor: float, digits: int) -> str:
+    """The median over repeats of each run's median, and the range if there is one to show."""
+    values = [value * factor for run in runs if (value := _median_of(run, key)) is not None]
+    if not values:
+        return "–"
+    middle = f"{statistics.median(values):.{digits}f}"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def run_case(case: Case, common: list[str]) -> dict:
+    """Train the case through the launcher; its summary, or what went wrong under "error"."""
+    with tempfile.TemporaryDirectory() as log_dir:
+        command = [sys.executable, "-m", "commons.launcher", "--log_dir", log_dir, "--run_name", "run", *common, *case.flags]
+        environment = {**_inherited(), "GPUNUM": str(case.ranks)}
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
+        )
+        summary = Path(log_dir) / "run" / "summary.json"
+        if finished.returncode or not summary.exists():
+            return {"error": (finished.stdout + finished.stderr)[-2000:], "returncode": finished.returncode}
+        return json.loads(summary.read_text())
+
+
+def _inherited() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def table(cases: list[Case], results: dict[str, list[dict]]) -> str:
+    """A Markdown table, a row a case: medians over repeats of the medians over steps, with the range of the repeats."""
+    rows = [["case", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
+    for case in cases:
+        good = [run for run in results[case.label] if "error" not in run]
+        rows.append([case.label, *(column(good) if good else "failed" for column in COLUMNS.values())])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", nargs="?", default="plans", choices=SETS)
+    parser.add_argument("--out", type=Path, default=Path("speed"), help="files to write, without their ending")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", type=int, help="ranks of the larger cases (default: the visible GPUs)")
+    parser.add_argument("--only", help="cases whose label holds this text")
+    parser.add_argument("--list", action="store_true", help="print the sets of cases and end")
+    arguments, common = parser.parse_known_args()
+    if arguments.list:
+        print("\n".join(f"{name:10}{build.__doc__}" for name, build in SETS.items()))
+        return
+    devices = arguments.devices or _visible_gpus()
+    cases = [case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label]
+    results: dict[str, list[dict]] = {case.label: [] for case in cases}
+    for repeat in range(arguments.repeats):
+        for case in cases:
+            result = run_case(case, common)
+            results[case.label].append(result)
+            told = result.get("error") or f"{_median_of(result, 'step_seconds') or 0:.4f} s a step"
+            print(f"repeat {repeat + 1}: {case.label}: {told}", flush=True)
+            write(arguments.out, cases, results)
+
+
+def write(out: Path, cases: list[Case], results: dict[str, list[dict]]) -> None:
+    """After every run, so that a cut-off benchmark leaves what it has."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
+    document = {
+        "command": command,
+        "environment": describe_environment(None),
+        "cases": [{"label": case.label, "flags": case.flags, "ranks": case.ranks, "runs": results[case.label]} for case in cases],
+    }
+    out.with_suffix(".json").write_text(json.dumps(document, indent=1))
+    out.with_suffix(".md").write_text(f"`{command}`\n\n{table(cases, results)}")
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""python -m commons.doctor [--json] [--topic TOPIC ...]; exit code 1 if something stops training, else 0."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from commons.doctor.diagnosis import TOPICS, diagnose
+from commons.doctor.findings import exit_code
+from commons.doctor.report import as_text, print_json, summary, wants_colour
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m commons.doctor", description="Says why this machine cannot train."
+    )
+    parser.add_argument("--json", action="store_true", help="findings as JSON, see commons/doctor/report.py")
+    parser.add_argument("--topic", action="append", choices=TOPICS, help="only this topic; may be repeated")
+    given = parser.parse_args(arguments)
+    findings = diagnose(topics=given.topic or TOPICS)
+    if given.json:
+        print_json(findings)
+    else:
+        print(as_text(findings, colour=wants_colour(sys.stdout)))
+        print(f"\n{summary(findings)}")
+    return exit_code(findings)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # piped into head
+        sys.exit(1)

@@ -1,0 +1,137 @@
+"""CHECKS, the table of all checks, and the ways to ask it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from commons.doctor import driver, gpu_state, host, network, packages, torch_build
+from commons.doctor.findings import Finding, warning
+from commons.doctor.libcuda import libcuda
+from commons.doctor.machine import Machine
+
+Topic = Literal["system", "gpu", "gpu-state", "packages", "network", "host"]
+TOPICS: tuple[Topic, ...] = get_args(Topic)
+
+
+@dataclass(frozen=True)
+class Check:
+    """look yields what it found, or nothing where there is nothing to look at; name begins their ids."""
+
+    name: str
+    topic: Topic
+    look: Callable[[Machine], Iterable[Finding]]
+
+
+# Causes before their effects: the first error is the one to cure first.
+CHECKS: tuple[Check, ...] = (
+    Check("system", "system", driver.system),
+    Check("container", "system", driver.container),
+    Check("python", "system", packages.python),
+    Check("wsl", "gpu", driver.wsl),
+    Check("driver", "gpu", driver.driver),
+    Check("device-nodes", "gpu", driver.device_nodes),
+    Check("visible-devices", "gpu", driver.visible_devices),
+    Check("mig", "gpu", driver.mig),
+    Check("compute-mode", "gpu", driver.compute_mode),
+    Check("libcuda", "gpu", libcuda),
+    Check("torch-build", "gpu", torch_build.torch_build),
+    Check("torch-cuda", "gpu", torch_build.torch_cuda),
+    Check("torch-arch", "gpu", torch_build.torch_arch),
+    Check("torch-gpu", "gpu", torch_build.torch_gpu),
+    Check("nvcc", "gpu", torch_build.nvcc),
+    Check("clocks", "gpu-state", gpu_state.clocks),
+    Check("ecc", "gpu-state", gpu_state.ecc),
+    Check("gpu-use", "gpu-state", gpu_state.gpu_use),
+    Check("packages", "packages", packages.packages),
+    Check("duplicates", "packages", packages.duplicates),
+    Check("torch-import", "packages", torch_build.torch_import),
+    Check("interface", "network", network.interface),
+    Check("hostname", "network", network.hostname),
+    Check("all-reduce", "network", network.all_reduce),
+    Check("peer-access", "network", gpu_state.peer_access),
+    Check("memory", "host", host.memory),
+    Check("cgroup", "host", host.cgroup),
+    Check("cpus", "host", host.cpus),
+    Check("shm", "host", host.shm),
+    Check("memlock", "host", host.memlock),
+    Check("open-files", "host", host.open_files),
+    Check("disk", "host", host.disk),
+)
+
+NO_GPU_TOPICS: tuple[Topic, ...] = ("gpu",)
+
+# Words of a failed start -> the topics to look at
+SYMPTOMS: Sequence[tuple[str, tuple[Topic, ...]]] = (
+    (r"No CUDA GPUs|NVIDIA driver|CUDA driver|not compiled with CUDA|no kernel image|libcuda", NO_GPU_TOPICS),
+    (r"CUDA initialization|no CUDA-capable device|not yet initialized|forward compatibility", NO_GPU_TOPICS),
+    (r"out of memory|busy or unavailable", ("gpu", "gpu-state", "host")),
+    (r"ECC|CUDA error|illegal memory access", ("gpu-state", "gpu")),
+    (r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError", ("packages",)),
+    (r"NCCL|gloo|connectFullMesh|timed? ?out|Connection refused|rendezvous", ("network", "host")),
+    (r"Bus error|No space left|Cannot allocate memory|Killed|SIGKILL|signal 9|exitcode: -9", ("host",)),
+    (r"Too many open files|can't start new thread|Permission denied|Read-only file system", ("host",)),
+)
+
+
+def run_check(check: Check, machine: Machine) -> list[Finding]:
+    """The check's findings under their full ids; a check that breaks is a finding too, never a crash."""
+    try:
+        found = list(check.look(machine))
+    except Exception as problem:  # whatever a strange machine makes a check raise, the other checks go on
+        found = [
+            warning(
+                "unchecked",
+                f"{check.name} could not be checked",
+                seen=f"{type(problem).__name__}: {problem}",
+                why="The doctor met something that it does not know; the other findings hold.",
+                cure="python -m commons.doctor --json   # please report this with its output",
+            )
+        ]
+    return [
+        replace(finding, id=f"{check.name}.{finding.id}" if finding.id else check.name, topic=check.topic)
+        for finding in found
+    ]
+
+
+def diagnose(machine: Machine | None = None, topics: Iterable[str] = TOPICS) -> list[Finding]:
+    """Runs the checks of these topics, in order. Takes 10 to 20 s where torch is installed, else a second."""
+    machine, wanted = machine or Machine(), set(topics)
+    unknown = wanted - set(TOPICS)
+    if unknown:
+        raise ValueError(f"no such topic: {', '.join(sorted(unknown))}; there are {', '.join(TOPICS)}")
+    return [finding for check in CHECKS if check.topic in wanted for finding in run_check(check, machine)]
+
+
+def problems(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors, then warnings, each in the order found."""
+    found = [finding for finding in findings if finding.level != "ok"]
+    return sorted(found, key=lambda finding: finding.level != "error")
+
+
+def explain_no_gpu(machine: Machine | None = None) -> list[Finding]:
+    """Why CUDA sees no GPU: errors first, empty where it sees one. Fast where there is no driver."""
+    return problems(diagnose(machine, NO_GPU_TOPICS))
+
+
+def explain_failure(message: str, machine: Machine | None = None) -> list[Finding]:
+    """What here may have caused this error text; empty where it matches nothing known or all is well."""
+    topics = [
+        topic for pattern, found in SYMPTOMS if re.search(pattern, message, re.IGNORECASE) for topic in found
+    ]
+    return problems(diagnose(machine, dict.fromkeys(topics)))
+
+
+def why_no_gpu(machine: Machine | None = None) -> str:
+    """One line, "no GPU seen: <cause>; try: <command>"; an empty string where torch should see one."""
+    found = explain_no_gpu(machine)
+    hides = [finding for finding in found if finding.level == "error" or finding.id == "driver.no-gpu"]
+    if not hides:
+        return ""
+    first = hides[0]
+    if first.id == "driver.no-gpu":
+        return f"no GPU seen: {first.title}"
+    command = first.cure.splitlines()[0].split("   #")[0]
+    return f"no GPU seen: {first.title}; try: {command}"

@@ -1,0 +1,459 @@
+"""Starts a run: environment variables and flags in, ranks out. ``bash run_gemini.sh`` ends here.
+
+Reads the settings, judges them once, makes the run's folder and name, meets the other machines, then has
+torchrun's engine (torch.distributed.launcher) run the training script, and tells which rank failed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from commons.cli import (
+    CONFIG_ERROR,
+    CommandLine,
+    find_devices,
+    help_text,
+    judge,
+    read_flags,
+    read_value,
+    report,
+    wants_help,
+)
+from commons.config import TrainConfig
+from commons.console_copy import ConsoleCopy
+from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, agree, open_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+PROG = "run_gemini.sh"
+TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt_demo.py"
+FAILURE = 1
+SHUTDOWN_SECONDS = 8  # between asking the ranks to stop and killing them
+
+# Environment variables and the flags that they are another spelling of.
+FLAG_VARIABLES = {
+    "DISTPLAN": "distplan",
+    "MODEL_TYPE": "model_type",
+    "BATCH_SIZE": "batch_size",
+    "TRAIN_STEP": "train_step",
+    "TPDEGREE": "tp_degree",
+    "PPDEGREE": "pp_degree",
+    "PLACEMENT": "placement",
+    "SEQ_LEN": "seq_len",
+    "PRECISION": "precision",
+}
+
+# Environment variables that say what to start; they have no flag.
+JOB_VARIABLES = {
+    "GPUNUM": "processes on this machine, one a GPU (default: what the degrees need; without a GPU at least"
+    " 2)",
+    "NNODES": "machines in all; start the same command on each (default: 1)",
+    "NODE_RANK": "which of them this is, from 0",
+    "MASTER_ADDR": "name or address of machine 0",
+    "MASTER_PORT": f"a free port there (default: {DEFAULT_PORT})",
+}
+
+# Settings of the Colossal-AI example's launcher that mean nothing here.
+OBSOLETE_VARIABLES = {
+    "USE_SHARD_INIT": "models are always built without filling memory first, where that helps"
+}
+OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
+
+# Runs in a rank before the script: the kernel is to kill it when the launcher dies in whatever way (prctl(2),
+# 1 is PR_SET_PDEATHSIG), which survives the exec.
+RANK_START = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
+    "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
+
+
+class Stopped(BaseException):
+    """A signal asked the launcher to end while torchrun's engine was not there to see to it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be run.
+
+    Attributes:
+        given: the settings that the user gave, by flag or by variable; the ranks get these.
+        config: all settings, resolved.
+        notices: what the user is told before anything starts.
+    """
+
+    given: dict[str, Any]
+    config: TrainConfig
+    nodes: Nodes
+    notices: list[str]
+
+
+def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
+    """Run a training from start to end; returns the process's exit code.
+
+    0: trained. 1, or the rank's own code: a rank failed, or the machines did not meet. 2: wrong settings,
+    nothing was started. 128 + n: ended by signal n.
+    """
+    if "--doctor" in argv:
+        arguments = [word for word in argv if word != "--doctor"]
+        os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *arguments])
+    if wants_help(argv):
+        print(help_text(PROG, *variable_lists()), end="")
+        return 0
+    try:
+        _raise_on_signals()
+        launch, found = read_launch(argv, os.environ)
+        for line in launch.notices:
+            print(line, file=sys.stderr, flush=True)
+        if found:
+            report(found)
+            return CONFIG_ERROR
+        return start(launch, script)
+    except Stopped as stopped:
+        return _stopped_by(stopped.signum)
+
+
+def _raise_on_signals() -> None:
+    def stop(signum: int, _: object) -> None:
+        raise Stopped(signum)
+
+    for signum in _signals_to_handle():
+        signal.signal(signum, stop)
+
+
+def _signals_to_handle() -> list[signal.Signals]:
+    """The signals that end a run, without those that it is to ignore (nohup ignores SIGHUP)."""
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    return [signum for signum in ending if signal.getsignal(signum) is not signal.SIG_IGN]
+
+
+def _stopped_by(signum: int) -> int:
+    print(f"Stopped by {signal.Signals(signum).name}.", file=sys.stderr, flush=True)
+    return 128 + signum
+
+
+def variable_lists() -> tuple[str, ...]:
+    """The sections of --help about environment variables."""
+    flags = [f"  {variable:14}--{name}" for variable, name in FLAG_VARIABLES.items()]
+    jobs = [f"  {variable:14}{text}" for variable, text in JOB_VARIABLES.items()]
+    return (
+        "\n".join(["environment variables that stand for flags (a flag wins):", *flags]),
+        "\n".join(["environment variables that say what is started:", *jobs]),
+        "also: --doctor looks at this machine and says what would keep a training from running",
+    )
+
+
+def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch, list[str]]:
+    """Settings from flags and variables, and every problem with them. Starts, makes and prints nothing."""
+    notices = list(_obsolete(argv, environ))
+    flags = read_flags([word for word in argv if word not in OBSOLETE_FLAGS])
+    variables = read_variables(environ, except_for=flags.given)
+    line = CommandLine({**variables.given, **flags.given}, [*flags.problems, *variables.problems])
+    device_type, _ = find_devices(line.config().device)
+    nodes, node_problems = read_nodes(environ, line.config().model_parallel_size, device_type)
+    config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
+    found = [_name_variable(problem, environ, flags.given) for problem in found]
+    if not found and config.device == "cpu" and line.config().device == "auto":
+        notices.append(_no_gpu_notice(config, nodes))
+    return Launch(line.given, config, nodes, notices), [*found, *node_problems]
+
+
+def _obsolete(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[str]:
+    given = [name for name in OBSOLETE_VARIABLES if environ.get(name)]
+    given += [flag for flag in OBSOLETE_FLAGS if flag in argv]
+    for name in given:
+        yield (
+            f"warning: {name} has no meaning any more and is ignored:"
+            f" {(OBSOLETE_VARIABLES | OBSOLETE_FLAGS)[name]}"
+        )
+
+
+def read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -> CommandLine:
+    """The settings that environment variables give; an empty one gives none, nor does one behind a flag."""
+    hints, given, found = get_type_hints(TrainConfig), {}, []
+    for variable, name in FLAG_VARIABLES.items():
+        if environ.get(variable) and name not in except_for:
+            try:
+                given[name] = read_value(name, environ[variable], hints[name], label=variable)
+            except ValueError as error:
+                found.append(str(error))
+    return CommandLine(given, found)
+
+
+def _name_variable(problem: str, environ: Mapping[str, str], flags: Mapping[str, Any]) -> str:
+    """Add which variables a problem comes from: the user never typed the flags that it speaks of."""
+    sources = [
+        f"{variable}={environ[variable]}"
+        for variable, name in FLAG_VARIABLES.items()
+        if environ.get(variable) and name not in flags and re.search(rf"--{name}\b", problem)
+    ]
+    return f"{problem} [{', '.join(sources)} in the environment]" if sources else problem
+
+
+def read_nodes(
+    environ: Mapping[str, str], model_parallel_size: int, device_type: str
+) -> tuple[Nodes, list[str]]:
+    """The job's machines from the environment variables, and what is wrong with these.
+
+    Without GPUNUM as many processes are started as one copy of the model needs; on CPUs two or more, to be a
+    parallel run.
+    """
+    found: list[str] = []
+
+    def number(variable: str, default: int, low: int, high: int, advice: str) -> int:
+        text = environ.get(variable) or str(default)
+        if re.fullmatch(r"\d+", text) and low <= int(text) <= high:
+            return int(text)
+        found.append(f"{variable} must be a whole number from {low} to {high}, got {text!r}: {advice}")
+        return default
+
+    many = 100_000
+    count = number("NNODES", 1, 1, many, "set the number of machines, or leave it out")
+    needed = -(-max(1, model_parallel_size) // count)
+    smallest = 1 if device_type == "cuda" or count > 1 else 2
+    advice = "set the number of processes on this machine, or leave it out"
+    ranks = number("GPUNUM", max(smallest, needed), 1, many, advice)
+    if count == 1:
+        return Nodes(ranks), found
+    for variable in ("NODE_RANK", "MASTER_ADDR"):
+        if not environ.get(variable):
+            found.append(f"{variable} is needed with NNODES={count}: {JOB_VARIABLES[variable]}")
+    rank = number("NODE_RANK", 0, 0, count - 1, "number the machines from 0")
+    port = number("MASTER_PORT", DEFAULT_PORT, 1, 65535, "set a free port, the same on all machines")
+    return Nodes(ranks, count, rank, environ.get("MASTER_ADDR", ""), port), found
+
+
+def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
+    try:
+        from commons.doctor import why_no_gpu  # pyright: ignore
+
+        reason = why_no_gpu()
+    except Exception:  # a diagnosis must not keep a run from starting
+        reason = "torch sees none"
+    return (
+        f"No GPU seen ({reason}): training {config.model_type} on {nodes.world_size} CPU"
+        f" rank{'s' * (nodes.world_size > 1)} with gloo instead. See Troubleshooting in README.md, or run:"
+        " bash run_gemini.sh --doctor"
+    )
+
+
+def start(launch: Launch, script: Path) -> int:
+    """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
+    config, nodes = launch.config, launch.nodes
+    try:
+        store = open_store(nodes, config.timeout)
+        leader = agree(store, nodes, _card(launch), config.timeout)
+    except MeetingError as error:
+        print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
+        return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
+    try:
+        console_copy = _open_console_copy(launch, leader["_run_name"])
+    except OSError as error:
+        print(
+            f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
+            file=sys.stderr,
+        )
+        return FAILURE
+    with console_copy:
+        return run_ranks(_rank_flags(launch, leader["_run_name"]), nodes, store, script)
+
+
+def _card(launch: Launch) -> dict[str, Any]:
+    """What all machines have to agree on, and the run's name, which node 0 makes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    settings = launch.config.as_dict()
+    # where a machine keeps its logs is its own affair
+    del settings["log_dir"], settings["run_name"], settings["quiet"]
+    return {
+        **{
+            f"the version of {package}": installed(package)
+            for package in ("torch", "colossalai", "transformers")
+        },
+        "the version of python": ".".join(map(str, sys.version_info[:2])),
+        "NNODES": launch.nodes.count,
+        "the number of ranks (GPUNUM)": launch.nodes.ranks_per_node,
+        **{f"--{name}": value for name, value in settings.items()},
+        "_run_name": launch.config.run_name or _free_run_name(launch),
+    }
+
+
+def _free_run_name(launch: Launch) -> str:
+    """The default name, counted up where another run of this second has it."""
+    config = launch.config
+    name = config.default_run_name(launch.nodes.world_size, time.strftime("%Y%m%d-%H%M%S"))
+    folder, number, free = Path(config.log_dir), 1, name
+    while (folder / free).exists():
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _open_console_copy(launch: Launch, run_name: str) -> ConsoleCopy:
+    """Makes the run's folder: from here on there is a run. OSError where that cannot be."""
+    run_dir, node = Path(launch.config.log_dir) / run_name, launch.nodes.rank
+    run_dir.mkdir(parents=True, exist_ok=True)
+    name = "console.log" if node == 0 else f"console-node{node}.log"
+    return ConsoleCopy(run_dir / name, already_shown=launch.notices)
+
+
+def _rank_flags(launch: Launch, run_name: str) -> list[str]:
+    """The given settings as flags for the ranks, which choose the rest as the launcher did."""
+    settings = {**launch.given, "device": launch.config.device, "run_name": run_name}
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def run_ranks(flags: Sequence[str], nodes: Nodes, store: TCPStore, script: Path) -> int:
+    """Run ``script`` on this machine's ranks with torchrun's engine; returns the exit code when all ended."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    _set_engine_up(nodes)
+    # the engine leaves its folder of error files behind
+    with tempfile.TemporaryDirectory(prefix="run_gemini_") as error_files, no_rank_left():
+        config = LaunchConfig(
+            min_nodes=nodes.count,
+            max_nodes=nodes.count,
+            nproc_per_node=nodes.ranks_per_node,
+            logs_specs=DefaultLogsSpecs(log_dir=error_files),
+            run_id="run_gemini",
+            rdzv_backend="static",
+            rdzv_endpoint=f"{nodes.master_addr}:{store.port}",
+            rdzv_configs={"rank": nodes.rank},
+            max_restarts=0,
+            **_newer_engine_options(),
+        )
+        command = ["-I", "-S", "-c", RANK_START, str(os.getpid()), "-u", str(script), *flags]
+        try:
+            launch_agent(config, sys.executable, command)
+        except ChildFailedError as error:
+            return _report_failure(error, nodes)
+        except SignalException as error:
+            return _stopped_by(error.sigval)
+        except RuntimeError as error:  # node 0, which holds the store, has gone
+            print(f"node {nodes.rank} lost the others: {error}", file=sys.stderr, flush=True)
+            return FAILURE
+        finally:
+            _raise_on_signals()  # the engine put its own handlers in place
+    return 0
+
+
+def _set_engine_up(nodes: Nodes) -> None:
+    """Environment and settings that torchrun's engine takes from no argument."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    threads = max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # the engine waits 30 s before it kills ranks that do not end, which it takes as an argument after signals
+    # only (if at all)
+    PContext.close.__defaults__ = (None, SHUTDOWN_SECONDS)
+    if "LOGLEVEL" not in os.environ:
+        # it tells of its own proceedings; what failed is told by _report_failure
+        engine = logging.getLogger("torch.distributed.elastic")
+        engine.addHandler(logging.NullHandler())
+        engine.propagate = False
+
+
+def _newer_engine_options() -> dict[str, Any]:
+    """Arguments of LaunchConfig that torch 2.5 does not have yet."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    options = {
+        "signals_to_handle": ",".join(signum.name for signum in _signals_to_handle()),
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+    }
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    return {name: value for name, value in options.items() if name in known}
+
+
+@contextlib.contextmanager
+def no_rank_left() -> Iterator[None]:
+    """Whatever happens inside, no process started there outlives it (nor do their children)."""
+    import psutil
+
+    try:
+        yield
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, of ``failures`` by rank in the order in which torchrun's engine saw them
+    end.
+
+    Its peers fail too, for want of it, and may end before it does. A rank whose exception was recorded failed
+    when its error file was written. One that was killed wrote none: it is the cause if it was the first to
+    end, or was killed by a signal that the engine had not yet begun to send.
+    """
+    first, start = next(iter(failures)), min(failure.timestamp for failure in failures.values())
+
+    def order(rank: int) -> tuple[int, float]:
+        failure = failures[rank]
+        if os.path.isfile(failure.error_file):
+            return 1, os.stat(failure.error_file).st_mtime
+        by_itself = failure.exitcode < 0 and failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT)
+        early = failure.timestamp - start < SHUTDOWN_SECONDS / 2
+        if (rank == first and failure.exitcode != -signal.SIGABRT) or (by_itself and early):
+            return 0, failure.timestamp
+        return 2, failure.timestamp
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
+def _report_failure(error: ChildFailedError, nodes: Nodes) -> int:
+    """Print, last of all, the error of the rank that failed first; returns the launcher's exit code."""
+    rank, failure = root_cause(error.failures)
+    if failure.exitcode == CONFIG_ERROR and not os.path.isfile(failure.error_file):
+        return CONFIG_ERROR  # rank 0 has told the problems
+    details = failure.message if isinstance(failure.message, dict) else {}
+    text = details.get("message", "")
+    if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
+        text = details.get("extraInfo", {}).get("py_callstack", text)
+    head = f"Rank {rank} of {nodes.world_size} failed ({_ending(failure)})"
+    lines = text.strip().splitlines()
+    print("\n" + (f"{head}:" if lines else f"{head}."), *lines, sep="\n", file=sys.stderr, flush=True)
+    return failure.exitcode if failure.exitcode > 0 else FAILURE
+
+
+def _ending(failure: ProcessFailure) -> str:
+    if failure.exitcode >= 0:
+        return f"exit code {failure.exitcode}"
+    name = failure.signal_name()
+    if name != "SIGKILL":
+        return f"killed by {name}"
+    return (
+        f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower"
+        " --batch_size"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

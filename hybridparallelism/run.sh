@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Tensor, pipeline and data parallelism together (CAI_Hybrid): the same launcher, variables and flags as run_gemini.sh.
+#
+#     bash run.sh                                     TP 2 x PP 2 on four ranks, CPU processes where there is no GPU
+#     TPDEGREE=4 PPDEGREE=2 GPUNUM=16 bash run.sh     TP 4 x PP 2 x DP 2
+
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+# With fewer than four GPUs: TP on two of them, or on one nothing to split.
+gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+case "$gpus" in
+    1) tp=1 pp=1 ;;
+    2 | 3) tp=2 pp=1 ;;
+    *) tp=2 pp=2 ;;
+esac
+export DISTPLAN="${DISTPLAN:-CAI_Hybrid}" TPDEGREE="${TPDEGREE:-$tp}" PPDEGREE="${PPDEGREE:-$pp}"
+export GPUNUM="${GPUNUM:-$((TPDEGREE * PPDEGREE))}"
+exec bash "$root/run_gemini.sh" "$@"

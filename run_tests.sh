@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs the tests: bash run_tests.sh [pytest's arguments]
+#
+#     bash run_tests.sh                     everything that needs no GPU
+#     bash run_tests.sh -m gpu              what needs GPUs
+#     bash run_tests.sh tests/test_config.py -k placement
+#
+# The first start installs what is needed (install.sh --dev). The exit code is pytest's. Nothing outlives it: a process
+# that a test left behind is named and killed.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+python="$(bash install.sh --dev)"
+
+# Two ranks with a thread pool each would fight for the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Every process that a test starts inherits it, whatever session or process group it moves to.
+run_id="$$-$(date +%s%N)"
+export GEMINI_TEST_RUN="$run_id"
+
+# stragglers: ids of the processes of this test run, without grep itself.
+# shellcheck disable=SC2329  # called by sweep
+stragglers() {
+    env -u GEMINI_TEST_RUN grep -lzxsF "GEMINI_TEST_RUN=$run_id" /proc/[0-9]*/environ | cut -d/ -f3
+}
+
+# shellcheck disable=SC2329  # called by a trap
+sweep() {
+    local pids pid command
+    trap '' INT TERM # a second Ctrl-C does not stop it
+    for _ in 1 2 3 4 5 6; do # what is just ending was not left behind
+        mapfile -t pids < <(stragglers)
+        ((${#pids[@]})) || return 0
+        sleep 0.5
+    done
+    for pid in "${pids[@]}"; do
+        command="$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | cut -c1-150)" || continue # it ended meanwhile
+        echo "run_tests.sh: killed a process left behind: $pid ($command)" >&2
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+}
+
+# Its own process group: a signal that reaches this script alone ends pytest too.
+set -m
+"$python" -m pytest -m "not gpu" --durations=15 "$@" &
+pytest=$!
+trap 'kill -INT -- "-$pytest" 2>/dev/null || true' INT TERM
+trap 'sweep' EXIT
+code=0
+# `wait` returns as soon as a trapped signal comes, but pytest still has its summary to print
+while wait "$pytest" || code=$?; kill -0 "$pytest" 2>/dev/null; do :; done
+exit "$code"
