@@ -62,9 +62,9 @@ dev_hash() { hash_of "$root/requirements-dev.txt"; }
 
 # venv_ready: whether .venv is finished, of today's pins, and still works.
 venv_ready() {
-    local state="" runtime="" tools="" code=0
-    { read -r state runtime tools <"$state_file"; } 2>/dev/null || return 1
-    [[ $state != installing && $runtime == "$(runtime_hash)" ]] || return 1
+    local runtime="" tools="" code=0
+    { read -r _ runtime tools <"$state_file"; } 2>/dev/null || return 1
+    [[ $runtime == "$(runtime_hash)" ]] || return 1
     [[ -z $dev || $tools == "$(dev_hash)" ]] || return 1
     check "$venv/bin/python" || code=$?
     ((code == 0 || code == untested))
@@ -164,7 +164,7 @@ show_progress() {
     local line
     while IFS= read -r line; do
         case "$line" in
-            *" Downloading "* | "Processing "* | *" Building wheel for "*started | "Installing collected"*)
+            *" Downloading "* | *" Building wheel for "*started | "Installing collected"*)
                 printf '%s\n' "${line%% (from *}" >&2
                 ;;
             *"Retrying ("*) say "the package index does not answer, pip tries again" ;;

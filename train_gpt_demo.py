@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from commons import device
 from commons.config import TrainConfig
 from commons.noise import quiet_libraries
+from commons.sinks import SinkError, open_sinks
 
 
 @record
@@ -23,15 +24,16 @@ def main(argv: list[str]) -> None:
     here = device.launch(config.device, config.timeout)
     try:
         train(config.named(here.world_size), here)
-    finally:
-        device.teardown()
+    except SinkError as error:
+        sys.exit(f"train_gpt_demo.py: error: {error}")
+    # only after success: with a rank gone, leaving the group together would hang
+    device.teardown()
 
 
 def train(config: TrainConfig, here: device.Device) -> None:
     """Build the session, train, and let rank 0 log it (collective)."""
     from commons.engine import build_session, train_steps
     from commons.metrics import summarize
-    from commons.sinks import open_sinks
 
     session = build_session(config, here)
     with open_sinks(session) as sinks:

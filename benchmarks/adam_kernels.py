@@ -1,9 +1,10 @@
-"""torch's fused Adam behind Colossal-AI's loaders against Colossal-AI's own CUDA kernel: time and memory of the optimizer phase.
+"""torch's fused Adam behind Colossal-AI's loaders against Colossal-AI's own CUDA kernel: time and memory of
+the optimizer phase.
 
     python -m benchmarks.adam_kernels [--out FILE] [training flags]
 
-Needs a GPU and nvcc (Colossal-AI builds its kernel, about a minute). One session is trained; the kernel is swapped every step, so
-both see the same weights, gradients and machine.
+Needs a GPU and nvcc (Colossal-AI builds its kernel, about a minute). One session is trained; the kernel is
+swapped every step, so both see the same weights, gradients and machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Meter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("adam_kernels.json"))
     arguments, training_flags = parser.parse_known_args()
     config = TrainConfig.from_cli(["--distplan", "CAI_Gemini", *training_flags])

@@ -1,7 +1,7 @@
 """Speed of plans and sizes: every case in a process of its own, the repeats interleaved, medians and spread.
 
-    python -m benchmarks.speed plans --out results/plans        all plans on gpt2_medium, one GPU and as many as there are
-    python -m benchmarks.speed --list                           the sets of cases
+    python -m benchmarks.speed plans --out results/plans        all plans on gpt2_medium, one GPU and as many
+    as there are python -m benchmarks.speed --list                           the sets of cases
 
 Writes OUT.json (every repeat's summary, hardware, versions, command, commit) and OUT.md (a table).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -43,7 +44,10 @@ def _plans(devices: int) -> list[Case]:
 
 def _smoke(devices: int) -> list[Case]:
     """Two plans on gpt2_tiny, for a look at the tool itself."""
-    return [Case(name, ("--distplan", name, "--model_type", "gpt2_tiny"), devices) for name in ("CAI_Gemini", "Pytorch_DDP")]
+    return [
+        Case(name, ("--distplan", name, "--model_type", "gpt2_tiny"), devices)
+        for name in ("CAI_Gemini", "Pytorch_DDP")
+    ]
 
 
 # name -> the cases for a machine with so many devices
@@ -57,30 +61,39 @@ COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "tokens/s": lambda runs: _spread(runs, "tokens_per_second", 1, 0),
     "model TFLOPS a device": lambda runs: _spread(runs, "model_tflops_per_device", 1, 1),
     "MFU": lambda runs: _spread(runs, "mfu", 100, 1),
-    "peak memory, MiB": lambda runs: _spread(runs, "device_memory_peak_mib", 1, 0),
+    "peak memory, MiB": lambda runs: _range([run["peak_device_memory_mib"] for run in runs], 1, 0),
 }
 
 
-def _median_of(run: dict, key: str) -> float | None:
-    value = run["statistics"][key]["median"] if "statistics" in run else run[key]["median"]
-    return value
-
-
 def _spread(runs: list[dict], key: str, factor: float, digits: int) -> str:
-    """The median over repeats of each run's median, and the range if there is one to show."""
-    values = [value * factor for run in runs if (value := _median_of(run, key)) is not None]
-    if not values:
+    """Of the medians over steps that each repeat has under ``key``."""
+    return _range([run[key]["median"] for run in runs], factor, digits)
+
+
+def _range(values: list[float | None], factor: float, digits: int) -> str:
+    """The median of the repeats, and from where to where they go if that shows; a dash for what was not measured."""
+    known = [value * factor for value in values if value is not None]
+    if not known:
         return "–"
-    middle = f"{statistics.median(values):.{digits}f}"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    middle, low, high = (f"{pick(known):.{digits}f}" for pick in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def run_case(case: Case, common: list[str]) -> dict:
     """Train the case through the launcher; its summary, or what went wrong under "error"."""
     with tempfile.TemporaryDirectory() as log_dir:
-        command = [sys.executable, "-m", "commons.launcher", "--log_dir", log_dir, "--run_name", "run", *common, *case.flags]
-        environment = {**_inherited(), "GPUNUM": str(case.ranks)}
+        command = [
+            sys.executable,
+            "-m",
+            "commons.launcher",
+            "--log_dir",
+            log_dir,
+            "--run_name",
+            "run",
+            *common,
+            *case.flags,
+        ]
+        environment = {**os.environ, "GPUNUM": str(case.ranks)}
         finished = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
         )
@@ -90,14 +103,10 @@ def run_case(case: Case, common: list[str]) -> dict:
         return json.loads(summary.read_text())
 
 
-def _inherited() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
 def table(cases: list[Case], results: dict[str, list[dict]]) -> str:
-    """A Markdown table, a row a case: medians over repeats of the medians over steps, with the range of the repeats."""
+    """A Markdown table, a row a case: medians over repeats of the medians over steps, with the range of the
+    repeats.
+    """
     rows = [["case", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for case in cases:
         good = [run for run in results[case.label] if "error" not in run]
@@ -106,9 +115,13 @@ def table(cases: list[Case], results: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("set", nargs="?", default="plans", choices=SETS)
-    parser.add_argument("--out", type=Path, default=Path("speed"), help="files to write, without their ending")
+    parser.add_argument(
+        "--out", type=Path, default=Path("speed"), help="files to write, without their ending"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", type=int, help="ranks of the larger cases (default: the visible GPUs)")
     parser.add_argument("--only", help="cases whose label holds this text")
@@ -118,13 +131,15 @@ def main() -> None:
         print("\n".join(f"{name:10}{build.__doc__}" for name, build in SETS.items()))
         return
     devices = arguments.devices or _visible_gpus()
-    cases = [case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label]
+    cases = [
+        case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label
+    ]
     results: dict[str, list[dict]] = {case.label: [] for case in cases}
     for repeat in range(arguments.repeats):
         for case in cases:
             result = run_case(case, common)
             results[case.label].append(result)
-            told = result.get("error") or f"{_median_of(result, 'step_seconds') or 0:.4f} s a step"
+            told = result.get("error") or f"{result['step_seconds']['median']:.4f} s a step"
             print(f"repeat {repeat + 1}: {case.label}: {told}", flush=True)
             write(arguments.out, cases, results)
 
@@ -136,7 +151,10 @@ def write(out: Path, cases: list[Case], results: dict[str, list[dict]]) -> None:
     document = {
         "command": command,
         "environment": describe_environment(None),
-        "cases": [{"label": case.label, "flags": case.flags, "ranks": case.ranks, "runs": results[case.label]} for case in cases],
+        "cases": [
+            {"label": case.label, "flags": case.flags, "ranks": case.ranks, "runs": results[case.label]}
+            for case in cases
+        ],
     }
     out.with_suffix(".json").write_text(json.dumps(document, indent=1))
     out.with_suffix(".md").write_text(f"`{command}`\n\n{table(cases, results)}")

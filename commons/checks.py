@@ -301,6 +301,7 @@ def _pipeline(job: Job) -> Iterator[str]:
 ABILITIES: dict[str, tuple[str, ...]] = {
     "placement": (
         "placement", *FRACTIONS, "warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "max_prefetch",
+        "gemini_hooks",
     ),
     "tensor_parallel": ("tp_degree", "sequence_parallel"),
     "pipeline": ("pp_degree", "num_microbatches", "num_model_chunks", "zero_stage"),
@@ -375,6 +376,30 @@ def _layout(job: Job) -> Iterator[str]:
         )
 
 
+def _compile(job: Job) -> Iterator[str]:
+    """What ``--compile on`` cannot do; "auto" leaves it out by itself."""
+    from commons.compiling import compile_problem
+
+    config = job.config
+    if config.compile != "on":
+        return
+    if config.model_parallel_size > 1:
+        yield (
+            "--compile on takes whole blocks, and --tp_degree and --pp_degree split them: leave it out, or"
+            " use --tp_degree 1 --pp_degree 1"
+        )
+    elif config.gemini_hooks == "operation" and config.distplan == "CAI_Gemini":
+        yield (
+            "--compile on cannot see through --gemini_hooks operation: use --gemini_hooks block, or --compile"
+            " off"
+        )
+    elif job.plan is not None and job.plan.pipeline:
+        yield f"--compile on means nothing to {job.plan.name}: leave it out, or use another --distplan"
+    problem = compile_problem(job.device_type)
+    if problem:
+        yield f"--compile on: {problem}; or use --compile off"
+
+
 def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
@@ -397,12 +422,22 @@ def _machine(job: Job) -> Iterator[str]:
     if job.device_type != "cuda":
         return
     if job.gpu_count == 0:
-        yield f"--device cuda, but this process sees no GPU: use --device cpu, or ask why: {DOCTOR}"
+        yield f"--device cuda needs a GPU ({why_no_gpu()}): use --device cpu, or run {DOCTOR}"
     elif job.local_world_size > job.gpu_count:
         yield (
             f"{job.local_world_size} ranks on this machine, but {_count(job.gpu_count, 'visible GPU')}:"
             f" use GPUNUM={job.gpu_count} (torchrun --nproc_per_node {job.gpu_count}), or --device cpu"
         )
+
+
+def why_no_gpu() -> str:
+    """The doctor's line, "no GPU seen: <cause>; try: <command>", or its beginning where it knows none."""
+    try:
+        from commons.doctor import why_no_gpu as ask_the_doctor
+
+        return ask_the_doctor() or "no GPU seen"
+    except Exception:  # a diagnosis must never be what keeps a run from starting
+        return "no GPU seen"
 
 
 def _output(job: Job) -> Iterator[str]:
@@ -465,6 +500,7 @@ CHECKS = (
     _abilities,
     _placement,
     _layout,
+    _compile,
     _kernels,
     _machine,
     _output,

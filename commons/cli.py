@@ -154,7 +154,8 @@ def read_value(name: str, text: str | None, hint: Any, label: str | None = None)
         ) from None
 
 
-TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+WORDS_FOR = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+TRUTH = {word: value for value, words in WORDS_FOR.items() for word in words}
 
 READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     bool: (lambda text: TRUTH[text.lower()], "true or false"),

@@ -107,6 +107,11 @@ class PlanFlags:
     max_prefetch: int = _flag(
         0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N"
     )
+    gemini_hooks: Literal["block", "operation"] = _flag(
+        "block",
+        "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"
+        " every operation, Colossal-AI's own way, always so under tensor parallelism",
+    )
     tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
     pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
     zero_stage: int = _flag(
@@ -171,6 +176,9 @@ class MachineFlags:
     _argument_group_name: ClassVar[str] = "Machine"
 
     device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto: the GPUs where there are any, else the CPU")
+    compile: Literal["auto", "on", "off"] = _flag(
+        "auto", "torch.compile, block by block; auto: on a GPU, and without tensor or pipeline parallelism"
+    )
     timeout: float = _flag(
         600.0,
         "seconds after which a stuck collective, or the wait for another machine, ends the run",
@@ -192,6 +200,10 @@ class OutputFlags:
     measure_peak: bool = _flag(
         False, "take the peak rate behind MFU from a matrix product measured here, not from the datasheet"
     )
+    check_parity: bool = _flag(
+        False,
+        "train a single-process fp32 reference beside this run, compare losses and gradient norms, exit 1 if they differ",
+    )
     quiet: bool = _flag(False, "print no line a step, only the header and the end")
 
 
@@ -211,8 +223,8 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         """Read the command line of one rank (or of a plain ``python``): resolved and checked.
 
         Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2.
-        ``--help`` exits with 0. ``run_name`` stays None when it was not given: all ranks must agree on it, so
-        device.launch's job makes it.
+        ``--help`` exits with 0. ``run_name`` is None when it was not given, since all ranks must agree on it:
+        see :meth:`named`.
         """
         from commons.cli import read_rank_command_line
 
@@ -247,18 +259,17 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         return dataclasses.replace(MODEL_SIZES[str(self.model_type)], **given)
 
     def gemini_placement(self) -> dict[str, Any]:
-        """GeminiPlugin's arguments that say where chunks live; it knows only "static" and "auto"."""
+        """GeminiPlugin's arguments that say where chunks live, of a resolved configuration.
+
+        The plugin itself knows only "static" and "auto": the other names have become fractions.
+        """
         if self.placement == "auto":
             return {
                 "placement_policy": "auto",
                 "warmup_non_model_data_ratio": self.warmup_non_model_data_ratio,
                 "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
             }
-        fractions = zip(FRACTIONS, PLACEMENTS[self.placement], strict=True)
-        given = {name: getattr(self, name) for name in FRACTIONS}
-        return {"placement_policy": "static"} | {
-            name: default if given[name] is None else given[name] for name, default in fractions
-        }
+        return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
 
     @property
     def model_parallel_size(self) -> int:

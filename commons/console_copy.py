@@ -105,9 +105,7 @@ class ConsoleCopy:
 
 
 class _Channel:
-    """One replaced stream: ``fds`` lead into a pipe or a pseudo-terminal, a thread passes on what comes out
-    of it.
-    """
+    """One replaced stream: ``fds`` lead into a pipe or pseudo-terminal, a thread passes on what comes out."""
 
     def __init__(self, fds: tuple[int, ...], log: LogFile) -> None:
         self._fds, self._log, self._lines = fds, log, LineCleaner()

@@ -51,8 +51,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     magnitude = math.floor(math.log10(abs(value)))
-    if magnitude < -3:
-        return f"{value:.1e}"
+    if magnitude < -4:
+        return f"{value:.0e}"
     most_decimals = digits if magnitude < 0 else digits - 1  # 0.0213 rather than 0.02130
     return f"{value:,.{max(0, min(digits - 1 - magnitude, most_decimals))}f}"
 

@@ -1,4 +1,6 @@
-"""Batch streams. Every data-parallel rank draws its own tokens from ``seed + data-parallel rank``, the same in every plan."""
+"""Batch streams. Every data-parallel rank draws its own tokens from ``seed + data-parallel rank``, the same
+in every plan.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Launch and teardown of the process group, clocks, memory and measured peak rates: the only place that branches on cuda or cpu."""
+"""Launch and teardown of the process group, clocks, memory and measured peak rates: the only place that
+branches on cuda or cpu.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ MIB = 1024 * 1024
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PEAK_MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 PEAK_REPEATS = 10
+PHASES = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ class Device:
 
 
 def detect_type(wanted: str) -> str:
-    """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu". An explicit "cpu" hides the GPUs from this process.
+    """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu". An explicit "cpu" hides the GPUs from this
+    process.
 
-    Colossal-AI's host backend must never run beside a visible GPU, so they are hidden before CUDA is first asked.
+    Colossal-AI's host backend must never run beside a visible GPU, so they are hidden before CUDA is first
+    asked.
     """
     if wanted == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -92,7 +97,8 @@ def free_port() -> int:
 def launch(device_type: str, timeout_seconds: float) -> Device:
     """Join the process group (collective): NCCL on GPUs, gloo on CPUs.
 
-    Started by torchrun, the rank's place comes from the environment; started as plain ``python``, this is a job of one rank.
+    Started by torchrun, the rank's place comes from the environment; started as plain ``python``, this is a
+    job of one rank.
 
     Args:
         device_type: "cuda" or "cpu", already resolved.
@@ -102,7 +108,13 @@ def launch(device_type: str, timeout_seconds: float) -> Device:
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+        }
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     local_rank = int(os.environ["LOCAL_RANK"])
     name = cpu_name()
@@ -123,11 +135,22 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class StepTiming:
+    """Seconds of one step on one rank: all of it by the host's clock, and its phases by the device's."""
+
+    step_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+
+
 class PhaseClock:
     """Times the phases of a step, on the device, with one synchronisation at the end of the step.
 
-    On a GPU the phases are bounded by CUDA events on the current stream, on a CPU by the host's clock. ``step_seconds`` is the
-    host's clock from :meth:`start` to the end of the synchronisation, so nothing that the step did is left out.
+    On a GPU the phases are bounded by CUDA events on the current stream, on a CPU by the host's clock.
+    ``step_seconds`` is the host's clock from :meth:`start` to the end of the synchronisation, so nothing that
+    the step did is left out.
     """
 
     def __init__(self, device: Device) -> None:
@@ -149,18 +172,20 @@ class PhaseClock:
         self._start = time.perf_counter()
 
     def mark(self, phase: str) -> None:
-        """The phase ``phase`` begins here and lasts until the next mark. A phase may come more than once; times add up."""
+        """``phase``, one of ``PHASES``, begins here and lasts until the next mark. A phase may come more than
+        once; times add up.
+        """
         self._marks.append((phase, self._now()))
 
-    def stop(self) -> tuple[float, dict[str, float]]:
-        """Wait for the device; return the step's seconds and the seconds of each phase."""
+    def stop(self) -> StepTiming:
+        """Wait for the device and read the clocks."""
         self._marks.append(("end", self._now()))
         self._device.synchronize()
         step_seconds = time.perf_counter() - self._start
-        phases: dict[str, float] = {}
+        phases = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            phases[phase] = phases.get(phase, 0.0) + self._elapsed_seconds(begin, end)
-        return step_seconds, phases
+            phases[phase] += self._elapsed_seconds(begin, end)
+        return StepTiming(step_seconds, *phases.values())
 
     @staticmethod
     def _elapsed_seconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
@@ -180,7 +205,7 @@ class MemoryUse:
 
 
 def memory_use(device: Device) -> MemoryUse:
-    """What torch's allocator holds now and held at most since the last reset, and the process's resident set."""
+    """What torch's allocator holds, held at most since the last reset, and the process's resident set."""
     host_mib = _resident_bytes() / MIB
     if device.type == "cpu":
         nan = float("nan")
@@ -214,7 +239,7 @@ def measured_peak_flops(device: Device, precision: str) -> float:
     seconds = []
     for _ in range(PEAK_REPEATS + 1):
         clock.start()
-        clock.mark("matmul")
+        clock.mark("forward")
         left @ right
-        seconds.append(clock.stop()[1]["matmul"])
+        seconds.append(clock.stop().forward_seconds)
     return 2 * size**3 / statistics.median(seconds[1:])

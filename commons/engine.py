@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from commons import metrics
 from commons.config import TrainConfig
 from commons.data import random_tokens
-from commons.device import Device, MemoryUse, PhaseClock, measured_peak_flops, memory_use
+from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
+from commons.layout import Place, place
 from commons.plans import PLANS, Plan
-from commons.trainables import Trainable, Update
+from commons.trainables import PipelinedTrainable, Trainable, Update
 from model_zoo import ModelShape, padded_parameter_count, parameter_count
 
 
@@ -31,12 +33,16 @@ class Session:
     device: Device
     plan: Plan
     shape: ModelShape
-    trainable: Trainable
+    trainable: Trainable | PipelinedTrainable
     peak_flops: float | None
 
-    @property
-    def data_parallel_rank(self) -> int:
-        return self.device.rank // self.config.model_parallel_size
+    def place(self, rank: int) -> Place:
+        """Which copy, pipeline stage and part of every matrix ``rank`` has."""
+        return place(rank, tp_degree=self.config.tp_degree, pp_degree=self.config.pp_degree)
+
+    def has_loss(self, rank: int) -> bool:
+        """Only the last stage of a pipeline does."""
+        return self.place(rank).pipeline == self.config.pp_degree - 1
 
     @property
     def sequences_per_step(self) -> int:
@@ -53,6 +59,7 @@ class Session:
         config, world_size = self.config, self.device.world_size
         return {
             "model": config.model_type,
+            **{name: getattr(self.shape, name) for name in ("layers", "hidden", "heads")},
             "parameters": parameter_count(self.shape),
             "padded_parameters": padded_parameter_count(self.shape),
             "plan": self.plan.name,
@@ -61,6 +68,7 @@ class Session:
             "tp": config.tp_degree,
             "pp": config.pp_degree,
             "world_size": world_size,
+            "places": [_place_line(self, rank) for rank in range(world_size)] if config.model_parallel_size > 1 else [],
             "micro_batch_size": config.batch_size,
             "grad_accum": config.grad_accum,
             "global_batch_size": self.sequences_per_step,
@@ -68,8 +76,15 @@ class Session:
             "precision": config.precision,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
+            "device": self.device.type,
             "device_name": self.device.name,
+            "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,
         }
+
+
+def _place_line(session: Session, rank: int) -> str:
+    where = session.place(rank)
+    return f"rank {rank}: dp {where.data}, tp {where.tensor}, pp {where.pipeline}"
 
 
 def build_session(config: TrainConfig, device: Device) -> Session:
@@ -84,20 +99,24 @@ def build_session(config: TrainConfig, device: Device) -> Session:
 
 
 def batches(session: Session) -> Iterator[torch.Tensor]:
-    """This rank's stream of micro-batches: equal inside a tensor- or pipeline-parallel group, different between data-parallel ranks."""
+    """This rank's stream of micro-batches: equal inside a tensor- or pipeline-parallel group, different
+    between data-parallel ranks.
+    """
     config = session.config
     return random_tokens(
         batch_size=config.batch_size,  # pyright: ignore
         seq_len=config.seq_len,  # pyright: ignore
         vocab=session.shape.vocab,
         seed=config.seed,
-        data_parallel_rank=session.data_parallel_rank,
+        data_parallel_rank=session.place(session.device.rank).data,
         device=session.device.torch_device,
     )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a cosine down to a tenth."""
+    """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a
+    cosine down to a tenth.
+    """
     if step <= config.lr_warmup_step:
         return config.lr * step / config.lr_warmup_step
     if config.lr_schedule == "constant":
@@ -118,15 +137,17 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
             for group in session.trainable.param_groups:
                 group["lr"] = lr
             session.device.reset_peak_memory()
+            # rank 0 may still be logging: without this the others would wait for it inside their clocks
+            dist.barrier()
             clock.start()
             loss, update = _train_step(session, stream, clock)
-            step_seconds, phases = clock.stop()
+            timing = clock.stop()
             skipped_steps += update.skipped
-            yield _record(session, step, lr, loss, update, skipped_steps, step_seconds, phases)
+            yield _record(session, step, lr, loss, update, skipped_steps, timing)
 
 
 def attention_backend(attention: str) -> AbstractContextManager:
-    """"flash" restricts torch's scaled_dot_product_attention to its flash kernel; the others leave it alone."""
+    """For "flash", torch's scaled_dot_product_attention restricted to its flash kernel; else nothing."""
     if attention != "flash":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -134,17 +155,25 @@ def attention_backend(attention: str) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock) -> tuple[torch.Tensor, Update]:
-    """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on the device."""
+def _train_step(
+    session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock
+) -> tuple[torch.Tensor, Update]:
+    """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on
+    the device.
+    """
     trainable, grad_accum = session.trainable, session.config.grad_accum
     total = torch.zeros((), device=session.device.torch_device)
     for index in range(grad_accum):
         with trainable.micro_batch(last=index == grad_accum - 1):
             clock.mark("forward")
-            loss = trainable.forward(next(stream)) / grad_accum
-            clock.mark("backward")
-            trainable.backward(loss)
-        total += loss.detach()
+            if isinstance(trainable, PipelinedTrainable):
+                loss = trainable.forward_backward(next(stream), 1 / grad_accum)
+            else:
+                loss = trainable.forward(next(stream)) / grad_accum
+                clock.mark("backward")
+                trainable.backward(loss)
+        if loss is not None:
+            total += loss.detach()
     clock.mark("optimizer")
     return total, trainable.step()
 
@@ -156,35 +185,39 @@ def _record(
     loss: torch.Tensor,
     update: Update,
     skipped_steps: int,
-    step_seconds: float,
-    phases: dict[str, float],
+    timing: StepTiming,
 ) -> metrics.StepRecord:
-    """Gather what the ranks saw into one record (collective: one small all-gather)."""
-    config, device = session.config, session.device
-    memory = memory_use(device)
-    ranks = _all_gather([step_seconds, loss.item(), *vars(memory).values()], device)
-    step_seconds = max(row[0] for row in ranks)
-    losses = [row[1] for row in ranks]
-    peaks = {name: max((row[2 + i], rank) for rank, row in enumerate(ranks)) for i, name in enumerate(vars(memory))}
+    """Gather what the ranks saw into one record (collective: one small all-gather).
+
+    The loss is the mean over the ranks that have one, the times are those of the slowest rank, each memory measure that of the
+    rank with most.
+    """
+    device = session.device
+    seen = {"loss": loss.item(), **vars(timing), **vars(memory_use(device))}
+    ranks = [dict(zip(seen, row, strict=True)) for row in _all_gather(list(seen.values()), device)]
+    slowest = max(ranks, key=lambda rank: rank["step_seconds"])
+    step_seconds, pipelined = slowest["step_seconds"], session.config.pp_degree > 1
     flops = _flops_per_token(session)
     model_tflops, hardware_tflops = (
-        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size) for count in flops
+        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size)
+        for count in flops
     )
     return metrics.StepRecord(
         step=step,
-        loss=sum(losses) / len(losses),
+        loss=statistics.fmean(seen["loss"] for rank, seen in enumerate(ranks) if session.has_loss(rank)),
         lr=lr,
         grad_norm=update.grad_norm,
         step_seconds=step_seconds,
-        forward_seconds=phases.get("forward"),
-        backward_seconds=phases.get("backward"),
-        optimizer_seconds=phases.get("optimizer"),
+        # the passes of a pipeline's microbatches alternate and have no times of their own
+        forward_seconds=None if pipelined else slowest["forward_seconds"],
+        backward_seconds=None if pipelined else slowest["backward_seconds"],
+        optimizer_seconds=slowest["optimizer_seconds"],
         tokens_per_second=metrics.tokens_per_second(session.tokens_per_step, step_seconds),
         model_tflops_per_device=model_tflops,
         hardware_tflops_per_device=hardware_tflops,
         mfu=metrics.mfu(model_tflops, session.peak_flops),
         skipped_steps=skipped_steps,
-        **_memory_fields(peaks),
+        **_memory_fields(ranks),
     )
 
 
@@ -208,19 +241,22 @@ def _all_gather(values: list[float], device: Device) -> list[list[float]]:
     return gathered.view(device.world_size, -1).tolist()
 
 
-def _memory_fields(peaks: dict[str, tuple[float, int]]) -> dict:
-    """The record's memory fields from each measure's maximum over ranks and the rank that has it."""
+def _memory_fields(ranks: list[dict[str, float]]) -> dict:
+    """The record's memory fields: the maximum over ranks and the rank that has it; what no device has is
+    None.
+    """
 
-    def known(name: str) -> float | None:
-        value = peaks[name][0]
-        return None if math.isnan(value) else value
+    def most(name: str) -> tuple[float | None, int | None]:
+        value, rank = max((seen[name], rank) for rank, seen in enumerate(ranks))
+        return (None, None) if math.isnan(value) else (value, rank)
 
-    on_device = known("device_peak_mib") is not None
+    peak, peak_rank = most("device_peak_mib")
+    host, host_rank = most("host_mib")
     return {
-        "device_memory_allocated_mib": known("device_allocated_mib"),
-        "device_memory_reserved_mib": known("device_reserved_mib"),
-        "device_memory_peak_mib": known("device_peak_mib"),
-        "device_memory_peak_rank": peaks["device_peak_mib"][1] if on_device else None,
-        "host_memory_mib": peaks["host_mib"][0],
-        "host_memory_peak_rank": peaks["host_mib"][1],
+        "device_memory_allocated_mib": most("device_allocated_mib")[0],
+        "device_memory_reserved_mib": most("device_reserved_mib")[0],
+        "device_memory_peak_mib": peak,
+        "device_memory_peak_rank": peak_rank,
+        "host_memory_mib": host,
+        "host_memory_peak_rank": host_rank,
     }

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from commons.checks import why_no_gpu
 from commons.cli import (
     CONFIG_ERROR,
     CommandLine,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 PROG = "run_gemini.sh"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt_demo.py"
 FAILURE = 1
-SHUTDOWN_SECONDS = 8  # between asking the ranks to stop and killing them
+SHUTDOWN_SECONDS = 6  # between asking the ranks to stop and killing them
 
 # Environment variables and the flags that they are another spelling of.
 FLAG_VARIABLES = {
@@ -242,16 +243,11 @@ def read_nodes(
 
 
 def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
-    try:
-        from commons.doctor import why_no_gpu  # pyright: ignore
-
-        reason = why_no_gpu()
-    except Exception:  # a diagnosis must not keep a run from starting
-        reason = "torch sees none"
+    ranks = f"{nodes.world_size} CPU rank{'s' * (nodes.world_size > 1)}"
+    reason = why_no_gpu()
     return (
-        f"No GPU seen ({reason}): training {config.model_type} on {nodes.world_size} CPU"
-        f" rank{'s' * (nodes.world_size > 1)} with gloo instead. See Troubleshooting in README.md, or run:"
-        " bash run_gemini.sh --doctor"
+        f"{reason[0].upper()}{reason[1:]}. Training {config.model_type} on {ranks} with gloo instead; more in"
+        " README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
     )
 
 
@@ -437,9 +433,9 @@ def _report_failure(error: ChildFailedError, nodes: Nodes) -> int:
     text = details.get("message", "")
     if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
         text = details.get("extraInfo", {}).get("py_callstack", text)
-    head = f"Rank {rank} of {nodes.world_size} failed ({_ending(failure)})"
-    lines = text.strip().splitlines()
-    print("\n" + (f"{head}:" if lines else f"{head}."), *lines, sep="\n", file=sys.stderr, flush=True)
+    head = f"Rank {rank} of {nodes.world_size} failed"
+    lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
+    print("", *lines, sep="\n", file=sys.stderr, flush=True)
     return failure.exitcode if failure.exitcode > 0 else FAILURE
 
 

@@ -100,7 +100,8 @@ def hardware_flops_per_token(
     - blocks: 24·h² a layer forward (12·h² weights), twice that backward;
     - head: 2·h·(padded vocabulary) forward, twice that backward: padding columns are computed in vain;
     - attention: scores and weighted values, 4·h·S a layer forward. Backward "eager" does four matmuls of that
-      kind (8·h·S), a fused kernel ("sdpa", "flash") does five (10·h·S), since it computes the scores again;
+      kind (8·h·S), a fused kernel ("sdpa", "flash") does five (10·h·S), since it computes the scores again.
+      On a CPU "sdpa" with dropout is not fused, and this is 2·h·S too much there;
     - recompute: with activation checkpointing each layer's forward once more. torch's non-reentrant
       checkpoint stops as soon as it has back every tensor that the backward pass needs, which without dropout
       is before the last matmul of the feed-forward layer (8·h²); with dropout that one runs too, for the

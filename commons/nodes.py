@@ -59,9 +59,7 @@ class Nodes:
 
 
 def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
-    """The job's store: node 0 serves it (keep it alive as long as the job), the others connect. MeetingError
-    if not in time.
-    """
+    """The job's store: node 0 serves it, as long as it lives, the others connect. MeetingError if late."""
     from torch.distributed import TCPStore
 
     serves = nodes.rank == 0

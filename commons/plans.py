@@ -1,6 +1,8 @@
-"""The plans: each a name, what it can do, and how it wraps model and optimizer. Adding a plan is one function and one entry in PLANS.
+"""The plans: each a name, what it can do, and how it wraps model and optimizer. Adding a plan is one function
+and one entry in PLANS.
 
-This module is light to import (the configuration's checks read the table); torch and Colossal-AI are imported when a plan is built.
+This module is light to import (the configuration's checks read the table); torch and Colossal-AI are imported
+when a plan is built.
 """
 
 from __future__ import annotations
@@ -54,6 +56,12 @@ def _zero(stage: int) -> Callable[[TrainConfig, Device], Trainable]:
     return build
 
 
+def _hybrid(config: TrainConfig, device: Device) -> Trainable:
+    from commons.colossal.hybrid import build_hybrid
+
+    return build_hybrid(config, device)
+
+
 def _torch(kind: str) -> Callable[[TrainConfig, Device], Trainable]:
     def build(config: TrainConfig, device: Device) -> Trainable:
         from commons import torch_native
@@ -72,11 +80,25 @@ PLANS: dict[str, Plan] = {
             _gemini,
             precisions=("bf16", "fp16"),
             placement=True,
+            tensor_parallel=True,
+        ),
+        Plan(
+            "CAI_Hybrid",
+            "Colossal-AI tensor and pipeline parallelism, with ZeRO 0, 1 or 2 over the data-parallel ranks",
+            _hybrid,
+            tensor_parallel=True,
+            pipeline=True,
         ),
         Plan("CAI_ZeRO1", "Colossal-AI ZeRO-1: optimizer states sharded", _zero(1)),
         Plan("CAI_ZeRO2", "Colossal-AI ZeRO-2: optimizer states and gradients sharded", _zero(2)),
         Plan("Pytorch_DDP", "torch DistributedDataParallel: everything replicated", _torch("ddp")),
-        Plan("Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")),
-        Plan("Pytorch_FSDP", "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)", _torch("fsdp")),
+        Plan(
+            "Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")
+        ),
+        Plan(
+            "Pytorch_FSDP",
+            "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)",
+            _torch("fsdp"),
+        ),
     )
 }

@@ -86,7 +86,7 @@ def writing(name: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         cure = CURES.get(error.errno or 0, OTHER_CURE)
-        raise SinkError(error.errno, f"cannot write {os.fspath(name)}: {reason}; {cure}") from error
+        raise SinkError(error.errno, f"cannot write {os.fspath(name)}: {reason}; {cure}") from None
 
 
 # --- JSON files -----------------------------------------------------------------------------------
@@ -324,6 +324,8 @@ class ProgressSink:
 
     def close(self) -> None:
         with writing(CONSOLE):
+            # Emptied first: rich ends the bar's line and then goes back up, which a log file cannot.
+            self._progress.update(self._task, visible=False)
             self._progress.stop()
 
 

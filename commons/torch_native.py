@@ -1,4 +1,6 @@
-"""torch's own plans: DistributedDataParallel, ZeroRedundancyOptimizer and FSDP2, with the same meaning of precision as the others."""
+"""torch's own plans: DistributedDataParallel, ZeroRedundancyOptimizer and FSDP2, with the same meaning of
+precision as the others.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commons.compiling import functions_for, run_as_functions, wants_compile
 from commons.config import TrainConfig
 from commons.device import Device
 from commons.trainables import Update
@@ -23,7 +26,9 @@ INITIAL_LOSS_SCALE = 2.0**16
 class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool
+    ) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
         self._autocast_dtype = DTYPES[config.precision] if autocast and config.precision != "fp32" else None
@@ -42,7 +47,9 @@ class TorchTrainable:
         return nullcontext()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+        with torch.autocast(
+            self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None
+        ):
             return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -72,6 +79,8 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             activation_checkpointing=config.activation_checkpointing == "on",
         )
     seeded_init_(model, config.seed, device.torch_device, DTYPES[config.precision])
+    if wants_compile(config, device.type):
+        run_as_functions(model, functions_for(config, device.type))
     if kind == "fsdp":
         return _fully_sharded(model, config, device)
     ddp = DistributedDataParallel(
@@ -81,14 +90,18 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
 
 
 def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> TorchTrainable:
-    """Shard every block on its own and the rest together; parameters are cast to the compute dtype when they are gathered."""
+    """Shard every block on its own and the rest together; parameters are cast to the compute dtype when they
+    are gathered.
+    """
     try:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     except ImportError:  # torch 2.5 has it under its older address
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = dist.init_device_mesh(device.type, (device.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else DTYPES[config.precision])
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if config.precision == "fp32" else DTYPES[config.precision]
+    )
     for block in model.transformer.h:  # pyright: ignore
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -99,7 +112,12 @@ def _adamw(model: nn.Module, config: TrainConfig, sharded: bool) -> torch.optim.
     """Fused AdamW, its states spread over the data-parallel ranks if ``sharded``."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    arguments: dict = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
+    arguments: dict = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.adam_eps,
+        "fused": True,
+    }
     groups = decay_groups(model, config.weight_decay)
     if sharded:
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **arguments)

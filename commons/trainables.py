@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ class Update:
     """What one optimizer step did.
 
     Attributes:
-        grad_norm: global L2 norm of the unscaled gradients before clipping, where the plan knows it, else None.
+        grad_norm: global L2 norm of the unscaled gradients before clipping, where the plan knows it, else
+            None.
         skipped: the step was left out because fp16 gradients overflowed.
     """
 
@@ -23,11 +24,11 @@ class Update:
     skipped: bool
 
 
-class Trainable(Protocol):
-    """A wrapped model and optimizer.
+class Stepping(Protocol):
+    """What every wrapped model and optimizer has.
 
     Attributes:
-        model: what :meth:`forward` runs.
+        model: the wrapped model, or this rank's part of it.
         param_groups: the optimizer's, to set the learning rate in.
     """
 
@@ -37,8 +38,18 @@ class Trainable(Protocol):
     def param_groups(self) -> list[dict]: ...
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around one micro-batch's forward and backward; gradients need not be reduced before the ``last`` one."""
+        """Around one micro-batch's forward and backward; gradients need not be reduced before the ``last``
+        one.
+        """
         ...
+
+    def step(self) -> Update:
+        """Unscale, clip, update and clear the gradients (collective)."""
+        ...
+
+
+class Trainable(Stepping, Protocol):
+    """A model whose forward and backward passes are two calls."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-batch, a scalar. ``tokens``: int64 of shape (micro-batch, sequence)."""
@@ -46,6 +57,19 @@ class Trainable(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
-    def step(self) -> Update:
-        """Unscale, clip, update and clear the gradients (collective)."""
+
+@runtime_checkable
+class PipelinedTrainable(Stepping, Protocol):
+    """A model in pipeline stages: the passes of its microbatches alternate, in one call."""
+
+    def forward_backward(self, tokens: torch.Tensor, weight: float) -> torch.Tensor | None:
+        """Both passes of one batch (collective over the stages).
+
+        Args:
+            tokens: int64 of shape (batch, sequence), the same on all stages.
+            weight: of this batch's loss in the step's.
+
+        Returns:
+            The weighted loss on the last stage, None elsewhere.
+        """
         ...

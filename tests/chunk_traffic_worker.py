@@ -1,4 +1,4 @@
-"""Trains gpt2_tiny under Gemini on two ranks and counts what moves. Started by torchrun; fails by assertion."""
+"""Trains gpt2_tiny under Gemini on two ranks and counts what moves. For torchrun; fails by assertion."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
         return originals[2](chunk, to, *args, **kwargs)
 
     steps = train_steps(session)
-    next(steps)  # the first step finds the chunks where the optimizer put them, the next ones where a step leaves them
+    next(
+        steps
+    )  # the first step finds the chunks where the optimizer put them, the next ones where a step leaves them
     dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = gather, reduce, move
     try:
         next(steps)
@@ -56,7 +58,8 @@ def main() -> None:
     # four blocks, the position table with the final norm, and the embedding, each half here and half there
     assert len(chunks) == 6 and all(chunk.pg_size == 2 and not chunk.keep_gathered for chunk in chunks)
     assert all(chunk.shard_size * 2 == chunk.chunk_size for chunk in chunks)
-    # each chunk at least once for the forward and once for the backward pass; each gradient reduced exactly once
+    # each chunk at least once for the forward and once for the backward pass; each gradient reduced exactly
+    # once
     assert sharded["gathers"] >= 2 * len(chunks) - 1
     assert sharded["reductions"] == len(chunks)
     assert sharded["reduce_bytes"] == sum(chunk.chunk_mem for chunk in chunks)

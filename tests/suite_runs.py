@@ -1,7 +1,10 @@
-"""Real runs of the suite for the tests: real processes under a time limit, read back from the files that they leave."""
+"""Real runs of the suite for the tests: real processes under a time limit, read back from the files that they
+leave.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +19,9 @@ RUN_SECONDS = 240
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left behind: exit code, console text (stdout and stderr as the user saw them) and its folder."""
+    """What a run left behind: exit code, console text (stdout and stderr as the user saw them) and its
+    folder.
+    """
 
     returncode: int
     console: str
@@ -35,8 +40,19 @@ class FinishedRun:
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """This process's environment without what a torchrun above it or the user's shell may have set, one thread a rank."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC", "GPUNUM", "DISTPLAN")
+    """This process's environment without what a torchrun above it or the user's shell may have set, one
+    thread a rank.
+    """
+    dropped = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC",
+        "GPUNUM",
+        "DISTPLAN",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **changes}
 
@@ -64,10 +80,8 @@ def run_processes(
     except subprocess.TimeoutExpired as error:
         raise AssertionError(f"still running after {seconds} s: {command}\n{error.output}") from error
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return process.returncode, console
 
@@ -75,7 +89,16 @@ def run_processes(
 def launch(log_dir: Path, *flags: str, ranks: int = 1, **environment: str) -> FinishedRun:
     """Train through the launcher, as ``run_gemini.sh`` does once the environment is ready."""
     name = "run"
-    command = [sys.executable, "-m", "commons.launcher", "--log_dir", str(log_dir), "--run_name", name, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "commons.launcher",
+        "--log_dir",
+        str(log_dir),
+        "--run_name",
+        name,
+        *flags,
+    ]
     returncode, console = run_processes(command, GPUNUM=str(ranks), **environment)
     return FinishedRun(returncode, console, log_dir / name)
 

@@ -1,7 +1,7 @@
 """install.sh and the scripts that call it, on small machines made for the purpose.
 
-A Machine is a copy of the scripts, a PATH of its own and an empty HOME. Its package index is a folder of tiny wheels
-with the names and versions of the real pins, so that a real venv and a real pip take seconds and no network.
+A Machine is a copy of the scripts, a PATH of its own and an empty HOME. Its package index is a folder of tiny
+wheels with the names and versions of the real pins: a real venv and a real pip take seconds and no network.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -29,15 +30,18 @@ REQUIREMENTS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev
 SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run.sh")
 # Everything that the scripts call; a machine's PATH holds these and the interpreters that a test puts there.
 TOOLS = (
-    "bash cat cut date df dirname env find flock grep head ls mkdir rm sed sha256sum sleep tail tr uname"
-).split()
+    "bash", "cat", "cut", "date", "df", "dirname", "env", "find", "flock", "grep", "head", "ls", "mkdir",
+    "rm", "sed", "sha256sum", "sleep", "tail", "tr", "uname",
+)  # fmt: skip
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 240
 
 
 def pins(*files: str) -> list[Requirement]:
     """The requirements of this repository's files, without comments."""
-    lines = [line.split("  #")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()]
+    lines = [
+        line.split("  #")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()
+    ]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -47,21 +51,30 @@ def pinned_version(requirement: Requirement) -> str:
     return specifier.version
 
 
-def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = ()) -> None:
+def make_wheel(
+    folder: Path, name: str, version: str, requires: tuple[str, ...] = (), payload: bytes = b""
+) -> None:
     """A wheel with one module, <name>.py, that a test can look for."""
     module = name.replace("-", "_")
     info = f"{module}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     with zipfile.ZipFile(folder / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{module}.py", f"__version__ = {version!r}\n")
-        wheel.writestr(f"{info}/METADATA", metadata + "".join(f"Requires-Dist: {need}\n" for need in requires))
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", f"{module}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        wheel.writestr(f"{module}.bin", payload)
+        wheel.writestr(
+            f"{info}/METADATA", metadata + "".join(f"Requires-Dist: {need}\n" for need in requires)
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(
+            f"{info}/RECORD", "".join(f"{file},,\n" for file in (*wheel.namelist(), f"{info}/RECORD"))
+        )
 
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package index: a wheel for every pin. Colossal-AI's asks for what is not there, like the real one."""
+    """The package index: a wheel for every pin. Colossal-AI's asks for what is not there, as the real one."""
     folder = tmp_path_factory.mktemp("wheels")
     for pin in pins(*REQUIREMENTS):
         requires = ("torch<=2.5.1", "not-on-this-index") if pin.name == "colossalai" else ()
@@ -101,20 +114,21 @@ class Machine:
         path.chmod(0o755)
 
     def environ(self, **changes: str) -> dict[str, str]:
-        """What `env -i` would leave, and a pip that knows the wheels only; an empty value removes a variable."""
+        """What `env -i` would leave, and a pip that knows the wheels only. An empty value removes one."""
         environ = {
             "HOME": str(self.home), "PATH": str(self.bin), "LANG": "C.UTF-8", "PIP_CONFIG_FILE": os.devnull,
-            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "GEMINI_MIN_FREE_MIB": "1",
+            "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_NO_COMPILE": "1",
+            "GEMINI_MIN_FREE_MIB": "1",
         } | changes  # fmt: skip
         return {name: value for name, value in environ.items() if value}
 
-    def run(self, *command: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, cwd: Path | None = None, **environ: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", *command], cwd=cwd or self.home, env=self.environ(**environ), capture_output=True, text=True,
-            timeout=TIMEOUT_SECONDS, stdin=subprocess.DEVNULL,
+            ["bash", *command], cwd=cwd or self.home, env=self.environ(**environ), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
         )  # fmt: skip
 
-    def install(self, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def install(self, *options: str, **environ: Any) -> subprocess.CompletedProcess[str]:
         return self.run(str(self.repo / "install.sh"), *options, **environ)
 
     def site_packages(self, venv: Path | None = None) -> Path:
@@ -183,7 +197,7 @@ def assert_one_error(done: subprocess.CompletedProcess[str], *parts: str) -> Non
         assert part in errors[0]
 
 
-def cut_off_network() -> dict[str, str]:
+def cut_off_network() -> dict[str, Any]:
     """An index at a port where nobody listens, and no wheels."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -227,17 +241,22 @@ def test_dev_adds_the_test_tools_and_keeps_the_rest_ready(installed: Machine) ->
     assert installed.install("--dev").stderr == ""
 
 
-def test_new_pins_are_installed(installed: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "package"), [("requirements.txt", "rich"), ("requirements-dev.txt", "ruff")]
+)
+def test_new_pins_are_installed(installed: Machine, tmp_path: Path, file: str, package: str) -> None:
+    options = () if file == "requirements.txt" else ("--dev",)
+    installed.install(*options)
     newer = tmp_path / "newer"
     newer.mkdir()
-    make_wheel(newer, "rich", "99.0")
-    file = installed.repo / "requirements.txt"
-    file.write_text(re.sub(r"rich==\S+", "rich==99.0", file.read_text()))
+    make_wheel(newer, package, "99.0")
+    path = installed.repo / file
+    path.write_text(re.sub(rf"{package}==\S+", f"{package}==99.0", path.read_text()))
 
-    done = installed.install(PIP_FIND_LINKS=f"{installed.wheels} {newer}")
+    done = installed.install(*options, PIP_FIND_LINKS=f"{installed.wheels} {newer}")
 
     assert_ready(done, installed.venv / "bin/python")
-    assert "99.0" in (installed.site_packages() / "rich.py").read_text()
+    assert "99.0" in (installed.site_packages() / f"{package}.py").read_text()
 
 
 def test_new_pins_without_network_leave_the_old_venv_usable(installed: Machine) -> None:
@@ -407,7 +426,9 @@ def answering(version: str) -> str:
 def test_python_too_old(machine: Machine) -> None:
     machine.put("python3", 'if [ "$1" = -c ]; then echo "3.8 venv"; else exit 1; fi')
 
-    assert_one_error(machine.install(), "Python 3.10 to 3.12 is needed, found 3.8", "apt-get install python3.12")
+    assert_one_error(
+        machine.install(), "Python 3.10 to 3.12 is needed, found 3.8", "apt-get install python3.12"
+    )
     assert not (machine.venv / "bin").exists()
 
 
@@ -459,7 +480,9 @@ def test_no_network(machine: Machine) -> None:
 
 
 def test_package_that_the_index_does_not_have(machine: Machine, tmp_path: Path) -> None:
-    assert_one_error(machine.install(PIP_FIND_LINKS=str(tmp_path)), "No matching distribution found for torch==2.13.0")
+    assert_one_error(
+        machine.install(PIP_FIND_LINKS=str(tmp_path)), "No matching distribution found for torch==2.13.0"
+    )
 
 
 def test_too_little_space_is_told_before_anything_is_installed(machine: Machine) -> None:
@@ -475,26 +498,42 @@ def test_too_little_space_is_told_before_anything_is_installed(machine: Machine)
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "small"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("only root can mount the small file system that this test fills")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def test_disk_that_fills_up(machine: Machine, small_disk: Path) -> None:
-    venv = small_disk / "venv"
+def fill(disk: Path, leave_bytes: int = 0) -> None:
+    status = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(max(status.f_bavail * status.f_frsize - leave_bytes, 0)))
 
-    assert_one_error(machine.install(GEMINI_VENV=str(venv)), "disk full", "GEMINI_VENV")
+
+def test_disk_that_fills_up_while_the_venv_is_made(machine: Machine, small_disk: Path) -> None:
+    fill(small_disk, leave_bytes=5 * 2**20)
+
+    assert_one_error(machine.install(GEMINI_VENV=str(small_disk / "venv")), "disk full", "GEMINI_VENV")
+
+
+def test_disk_that_fills_up_while_pip_installs(installed: Machine, small_disk: Path) -> None:
+    shutil.copytree(installed.venv, small_disk / "venv", symlinks=True)
+    large = installed.home / "large"
+    large.mkdir()
+    make_wheel(large, "torch", "2.13.1", payload=os.urandom(30 * 2**20))
+    file = installed.repo / "requirements.txt"
+    file.write_text(file.read_text().replace("torch==2.13.0", "torch==2.13.1"))
+
+    done = installed.install(
+        GEMINI_VENV=str(small_disk / "venv"), PIP_FIND_LINKS=f"{installed.wheels} {large}"
+    )
+
+    assert_one_error(done, "disk full", "GEMINI_VENV")
 
 
 def test_disk_full_to_the_last_byte(machine: Machine, small_disk: Path) -> None:
-    with (small_disk / "ballast").open("wb", buffering=0) as ballast:
-        try:
-            while True:
-                ballast.write(bytes(4096))
-        except OSError:
-            pass
+    (small_disk / "venv").mkdir()
+    fill(small_disk)
 
     done = machine.install(GEMINI_VENV=str(small_disk / "venv"), GEMINI_MIN_FREE_MIB="0")
 
@@ -503,7 +542,9 @@ def test_disk_full_to_the_last_byte(machine: Machine, small_disk: Path) -> None:
 
 def test_place_that_cannot_be_written(machine: Machine) -> None:
     # root may write anywhere but here
-    assert_one_error(machine.install(GEMINI_VENV="/sys/gemini-venv"), "cannot make /sys/gemini-venv", "not writable")
+    assert_one_error(
+        machine.install(GEMINI_VENV="/sys/gemini-venv"), "cannot make /sys/gemini-venv", "not writable"
+    )
 
 
 def test_file_in_the_way(machine: Machine) -> None:
@@ -585,7 +626,7 @@ def test_doctor_needs_no_environment(stubbed: Machine) -> None:
         (8, {"TPDEGREE": "4", "GPUNUM": "8"}, "DISTPLAN=CAI_Hybrid TPDEGREE=4 PPDEGREE=2 GPUNUM=8"),
     ],
 )
-def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, str], expected: str) -> None:
+def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], expected: str) -> None:
     if gpus:
         listing = "".join(f"GPU {index}: NVIDIA H200 (UUID: GPU-{index})\\n" for index in range(gpus))
         stubbed.put("nvidia-smi", f"printf '{listing}'")
@@ -660,8 +701,8 @@ def test_run_tests_ended_by_a_signal_ends_everything(tests_machine: Machine, end
     marker = f"GEMINI_OUTER={os.getpid()}-{ending}"
     script = subprocess.Popen(
         ["bash", tests_machine.repo / "run_tests.sh", "-p", "no:cacheprovider"],
-        env=tests_machine.environ(**dict([marker.split("=")])), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        env=tests_machine.environ(**dict([marker.split("=")])), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not (tests_machine.repo / "started").exists():
@@ -685,7 +726,11 @@ def test_run_tests_ended_by_a_signal_ends_everything(tests_machine: Machine, end
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
 def test_every_package_is_pinned_once_for_every_tested_python(python: str) -> None:
-    names = [pin.name for pin in pins(*REQUIREMENTS) if not pin.marker or pin.marker.evaluate({"python_version": python})]
+    names = [
+        pin.name
+        for pin in pins(*REQUIREMENTS)
+        if not pin.marker or pin.marker.evaluate({"python_version": python})
+    ]
 
     assert sorted(names) == sorted(set(names))
     assert {*versions.TESTED, *versions.ANY_VERSION, *versions.TEST_PACKAGES} <= set(names)
@@ -728,7 +773,9 @@ def test_torch_versions(version: str, verdict: str) -> None:
 
 def test_complete_environment_has_no_findings() -> None:
     every = {pin.name: pinned_version(pin) for pin in pins(*REQUIREMENTS)}
-    python_is_tested = versions.compare("Python", "{}.{}".format(*sys.version_info), versions.PYTHON, "") is None
+    python_is_tested = (
+        versions.compare("Python", "{}.{}".format(*sys.version_info), versions.PYTHON, "") is None
+    )
 
     assert python_is_tested == (versions.check_environment(tests=True, version_of=every.get) == [])
 
@@ -738,4 +785,6 @@ def test_missing_package_is_found() -> None:
 
     found = versions.check_environment(version_of=every.get)
 
-    assert [(finding.package, finding.usable) for finding in found if finding.package != "Python"] == [("einops", False)]
+    assert [(finding.package, finding.usable) for finding in found if finding.package != "Python"] == [
+        ("einops", False)
+    ]

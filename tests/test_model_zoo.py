@@ -102,6 +102,13 @@ def test_heads_suit_flash_attention(name: str) -> None:
     assert shape.padded_vocab % 128 == 0
 
 
+@pytest.mark.parametrize(
+    ("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (50257, 50304)]
+)
+def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab: int, padded: int) -> None:
+    assert dataclasses.replace(TINY, vocab=vocab).padded_vocab == padded
+
+
 def test_the_table_prints_itself_whole_into_a_pipe() -> None:
     done = subprocess.run(
         [sys.executable, "model_zoo.py"],
@@ -226,8 +233,8 @@ def test_activation_checkpointing_computes_blocks_twice_and_the_same_gradients(d
     tokens, gradients, block_calls = tokens_of(SMALLEST), [], []
     for checkpointing in (False, True):
         model, calls = seeded_model(dropout=dropout, activation_checkpointing=checkpointing), []
-        for block in model.transformer.h:
-            block.ln_1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for block in model.transformer.h.children():
+            block.get_submodule("ln_1").register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(7)
         model(input_ids=tokens, labels=tokens).loss.backward()
         block_calls.append(len(calls))
@@ -272,8 +279,9 @@ def test_loss_and_gradients_are_those_of_a_model_without_padding() -> None:
     torch.testing.assert_close(*losses, atol=0, rtol=1e-6)
     expected = dict(plain.named_parameters())
     for name, param in model.named_parameters():
-        assert param.grad is not None
         wanted = expected[name].grad
+        assert param.grad is not None
+        assert wanted is not None
         torch.testing.assert_close(param.grad[: wanted.shape[0]], wanted, atol=1e-8, rtol=1e-4, msg=name)
 
 
@@ -282,6 +290,7 @@ def test_padding_rows_get_no_gradient_and_no_probability() -> None:
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     gradient = model.transformer.wte.weight.grad
+    assert gradient is not None
     assert torch.count_nonzero(gradient[SMALLEST.vocab :]) == 0
     assert torch.count_nonzero(gradient[: SMALLEST.vocab]).item() == SMALLEST.vocab * SMALLEST.hidden
     with torch.no_grad():
@@ -293,14 +302,13 @@ def test_loss_is_the_mean_over_all_predicted_positions() -> None:
     logits = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(2))
     labels = tokens_of(SMALLEST, batch=3, length=7)
     log_probabilities = functional.log_softmax(logits[..., :100].double(), dim=-1)
-    terms = [-log_probabilities[b, t, labels[b, t + 1]] for b in range(3) for t in range(6)]
+    terms = [-log_probabilities[b, t, labels[b, t + 1]].item() for b in range(3) for t in range(6)]
     loss = next_token_loss(logits, labels, vocab=100)
-    assert loss.item() == pytest.approx(sum(terms).item() / 18, rel=1e-6)  # pyright: ignore
-    labels[0, 3:] = -100
+    assert loss.item() == pytest.approx(sum(terms) / 18, rel=1e-6)
+    labels[0, 3:] = -100  # the targets of positions 2 to 5
     terms = [term for i, term in enumerate(terms) if not 2 <= i <= 5]
-    assert next_token_loss(logits, labels, vocab=100).item() == pytest.approx(
-        sum(terms).item() / 14, rel=1e-6
-    )  # pyright: ignore
+    loss = next_token_loss(logits, labels, vocab=100)
+    assert loss.item() == pytest.approx(sum(terms) / 14, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

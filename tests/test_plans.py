@@ -1,4 +1,6 @@
-"""Every plan end to end, through the launcher, on real ranks: it trains, it logs what it says, and it trains the same model."""
+"""Every plan end to end, through the launcher, on real ranks: it trains, it logs what it says, and it trains
+the same model.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from suite_runs import FinishedRun, launch, torchrun
 from commons.plans import PLANS
 
 STEPS = 4
-# Largest relative difference of a step's loss from the single-process fp32 reference, by precision of compute. On gpt2_tiny
-# rounding to bf16 (8 bits) moves a loss by 3e-5 and rounding to fp16 (11 bits) by 5e-6; fp32 differs in the order of sums.
+# Largest relative difference of a step's loss from the single-process fp32 reference, by precision of
+# compute. On gpt2_tiny rounding to bf16 (8 bits) moves a loss by 3e-5 and rounding to fp16 (11 bits) by 5e-6;
+# fp32 differs in the order of sums.
 LOSS_BOUNDS = {"bf16": 2e-4, "fp16": 2e-5, "fp32": 1e-6}
 FLAGS = ("--train_step", str(STEPS), "--warmup_step", "1", "--clip_grad_norm", "1.0", "--lr", "1e-3")
 
@@ -37,7 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory):
-    """Losses of plain transformers and torch in one process in fp32, by (data-parallel ranks, precision of the start)."""
+    """Losses of plain transformers and torch in one process in fp32, by (data-parallel ranks, precision of
+    the start).
+    """
     losses: dict[tuple[int, str], list[float]] = {}
 
     def get(ranks: int, precision: str) -> list[float]:
@@ -58,11 +63,21 @@ def _reference_losses(ranks: int, precision: str) -> list[float]:
 
     shape = MODEL_SIZES["gpt2_tiny"]
     model = build_model(shape)
-    seeded_init_(model, 42, torch.device("cpu"), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision])
+    seeded_init_(
+        model,
+        42,
+        torch.device("cpu"),
+        {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision],
+    )
     optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     streams = [
         random_tokens(
-            batch_size=4, seq_len=64, vocab=shape.vocab, seed=42, data_parallel_rank=rank, device=torch.device("cpu")
+            batch_size=4,
+            seq_len=64,
+            vocab=shape.vocab,
+            seed=42,
+            data_parallel_rank=rank,
+            device=torch.device("cpu"),
         )
         for rank in range(ranks)
     ]
@@ -96,7 +111,9 @@ def test_trains_the_reference_model(runs, reference, plan: str, ranks: int) -> N
 def test_other_precisions(runs, reference, plan: str, precision: str) -> None:
     if precision not in PLANS[plan].precisions:
         pytest.skip(f"{plan} has no {precision}; test_config shows that it is refused")
-    assert runs(plan, 2, precision).losses == pytest.approx(reference(2, precision), rel=LOSS_BOUNDS[precision])
+    assert runs(plan, 2, precision).losses == pytest.approx(
+        reference(2, precision), rel=LOSS_BOUNDS[precision]
+    )
 
 
 @pytest.mark.parametrize("plan", DATA_PARALLEL_PLANS)
@@ -125,7 +142,9 @@ def test_run_folder(runs, plan: str) -> None:
 
 
 def test_every_data_parallel_rank_draws_its_own_batch(runs) -> None:
-    """The first loss is a mean over the ranks' batches: were they equal, one rank's and two ranks' would be too."""
+    """The first loss is a mean over the ranks' batches: were they equal, one rank's and two ranks' would be
+    too.
+    """
     one, two = (runs("Pytorch_DDP", ranks, "bf16").losses[0] for ranks in (1, 2))
     assert one != two
 

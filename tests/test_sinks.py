@@ -156,7 +156,7 @@ def surroundings(**changes: str) -> dict[str, str]:
 
 def in_pipe(script: str, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        python(script, *arguments), env=surroundings(**changes), capture_output=True, text=True, timeout=60
+        python(script, *arguments), env=surroundings(**changes), capture_output=True, text=True, timeout=120
     )
 
 
@@ -223,6 +223,8 @@ def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path) -> None:
     last_bar = output.rindex("training")
     assert "\x1b[2K" in output[last_bar:], "the bar stays on the screen"
     assert "median" in output[last_bar:]
+    # No line ends as a bar: the launcher's console.log keeps of each line what stood there last.
+    assert not [line for line in output.split("\n") if "training" in line.split("\x1b[2K")[-1]]
     copy = (tmp_path / "run/console.log").read_text()
     assert not CONTROL_CHARACTER.search(copy) and "training" not in copy
 
@@ -564,7 +566,8 @@ def test_the_table_leaves_out_what_nobody_measured() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "-"), (0.0, "0"), (float("nan"), "nan"), (331.44, "331.4"), (1460.4, "1,460"), (9.8765, "9.877"),
-     (0.02131, "0.0213"), (0.5, "0.5000"), (0.00412, "0.0041"), (0.00002, "2.0e-05"), (-3.0, "-3.000")],
+     (0.02131, "0.0213"), (0.5, "0.5000"), (0.00412, "0.0041"), (0.00053, "0.0005"), (0.00002, "2e-05"),
+     (-3.0, "-3.000")],
 )  # fmt: skip
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -603,9 +606,8 @@ def test_the_command_is_the_one_that_was_typed(tmp_path: Path) -> None:
 
     def described(*arguments: str) -> dict[str, Any]:
         command = [sys.executable, str(rank), *arguments]
-        return strict_json(
-            subprocess.run(command, env=surroundings(), stdout=subprocess.PIPE, check=True).stdout
-        )
+        done = subprocess.run(command, env=surroundings(), capture_output=True, text=True, check=True)
+        return strict_json(done.stdout)
 
     alone = described("alone", suite_file)
     assert alone["command"] == f"{name} {rank} alone train_gpt_demo.py"  # no path of this machine

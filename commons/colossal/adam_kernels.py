@@ -1,9 +1,11 @@
-"""Adam for Colossal-AI's optimizers on torch's own fused kernels: no CUDA toolkit, no compiler, nothing built at run time.
+"""Adam for Colossal-AI's optimizers on torch's own fused kernels: no CUDA toolkit, no compiler, nothing built
+at run time.
 
-Gemini's optimizer takes exactly Colossal-AI's own Adam classes, and these get their kernels from loaders that can be given other
-ones. torch's ``_fused_adamw_`` runs on CPU and CUDA and divides by the loss scale itself, but wants gradients of the parameters'
-dtype. Gemini's are bf16 or fp16 beside fp32 masters, so they are converted a few megabytes at a time: the copy stays in a GPU's
-second-level cache and costs no extra pass over device memory.
+Gemini's optimizer takes exactly Colossal-AI's own Adam classes, and these get their kernels from loaders that
+can be given other ones. torch's ``_fused_adamw_`` runs on CPU and CUDA and divides by the loss scale itself,
+but wants gradients of the parameters' dtype. Gemini's are bf16 or fp16 beside fp32 masters, so they are
+converted a few megabytes at a time: the copy stays in a GPU's second-level cache and costs no extra pass over
+device memory.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ TensorQuad = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def _batches(quads: Iterator[TensorQuad], limit: int) -> Iterator[list[TensorQuad]]:
     """Group quads of flat tensors into batches of at most ``limit`` elements; only a larger tensor is cut.
 
-    Whole tensors are passed on as they are: at hundreds of parameters, making views would take longer than the GPU's work.
+    Whole tensors are passed on as they are: at hundreds of parameters, making views would take longer than
+        the GPU's work.
     """
     batch: list[TensorQuad] = []
     room = limit
@@ -101,7 +104,9 @@ def fused_adam(
 
 
 class _FusedOptimizerKernel:
-    """The one function of Colossal-AI's ``fused_optim`` extension that its Adam classes call, with its signature."""
+    """The one function of Colossal-AI's ``fused_optim`` extension that its Adam classes call, with its
+    signature.
+    """
 
     @staticmethod
     def multi_tensor_adam(
@@ -210,12 +215,14 @@ class _CpuAdamExtension(_TorchKernelExtension):
 class SuiteAdam(HybridAdam):
     """Colossal-AI's HybridAdam that divides bf16 gradients on the host by the loss scale and clip factor too.
 
-    Upstream hands those to ``torch_adam_update``, which has no such argument, so that ``max_norm`` is ignored wherever bf16
+    Upstream hands those to ``torch_adam_update``, which has no such argument, so that ``max_norm`` is ignored
+    wherever bf16
     gradients lie on the host: on a CPU, and on a GPU with the optimizer offloaded.
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/nn/optimizer/hybrid_adam.py (``HybridAdam.step``)
+    ``HybridAdam.step``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/nn/optimizer/hybrid_adam.py
 
     Attributes:
-        updates: how often parameters were updated; it stands still when a plan skips a step for an fp16 overflow.
+        updates: how often parameters were updated; it stands still when a plan skips a step for an fp16
+            overflow.
     """
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
@@ -266,8 +273,13 @@ class SuiteAdam(HybridAdam):
 
 
 def register() -> None:
-    """Make Colossal-AI's loaders hand out torch's kernels, and its Gemini optimizer accept :class:`SuiteAdam`."""
-    for loader, extension in ((FusedOptimizerLoader, _FusedOptimizerExtension), (CPUAdamLoader, _CpuAdamExtension)):
+    """Make Colossal-AI's loaders hand out torch's kernels, and its Gemini optimizer accept
+    :class:`SuiteAdam`.
+    """
+    for loader, extension in (
+        (FusedOptimizerLoader, _FusedOptimizerExtension),
+        (CPUAdamLoader, _CpuAdamExtension),
+    ):
         # the extensions there are tried first and would look for nvcc and a compiler
         loader.REGISTRY = []
         loader.register_extension(extension)

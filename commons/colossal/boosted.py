@@ -10,8 +10,10 @@ from torch import nn
 
 from commons.colossal.chunks import blocks_first, chunk_configuration
 from commons.colossal.runtime import prepare
+from commons.compiling import functions_for, run_as_functions, wants_compile
 from commons.config import TrainConfig
 from commons.device import Device
+from commons.layout import Place, check_mesh
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
@@ -32,7 +34,9 @@ class BoostedTrainable:
         return self.optimizer.param_groups
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
+        return (
+            nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
+        )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -51,7 +55,8 @@ class BoostedTrainable:
 
     def _loss_scale(self) -> float:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
-        mixins = (getattr(self.optimizer, name, None) for name in ("mix_precision_mixin", "mixed_precision_mixin"))
+        names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")  # Gemini's, ZeRO's, CAI_Hybrid's
+        mixins = (getattr(self.optimizer, name, None) for name in names)
         scalers = [mixin.grad_scaler for mixin in mixins if hasattr(mixin, "grad_scaler")]
         return scalers[0].scale.item() if scalers else 1.0
 
@@ -60,6 +65,8 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     """Wrap the model with GeminiPlugin (collective)."""
     prepare(device.type)
     from colossalai.booster.plugin import GeminiPlugin
+
+    from commons.colossal.block_hooks import run_by_blocks
 
     placement = config.gemini_placement()
     # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
@@ -72,13 +79,24 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,
-        chunk_config_dict=chunk_configuration(config.shape(), device.world_size),
+        chunk_config_dict=chunk_configuration(
+            config.shape(), device.world_size // config.tp_degree, config.tp_degree
+        ),
+        tp_size=config.tp_degree,
     )
+    plugin.shard_config.make_vocab_size_divisible_by = (
+        1  # model_zoo has padded already; tp_degree divides what it made
+    )
+    zero_axis, _, tp_axis = range(3)
+    mesh_place = Place(plugin.pg_mesh.coordinate(zero_axis), 0, plugin.pg_mesh.coordinate(tp_axis))
+    check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=1, mesh_place=mesh_place)
     plugin.gemini_config["pin_memory"] = device.type == "cuda" and offloads
-    model = _model(config, device, lazy=True)
+    model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    return _boost(plugin, model, config, no_sync=False)
+    trainable = boost(plugin, model, config, no_sync=False)
+    run_by_blocks(trainable.model, config, device.type)
+    return trainable
 
 
 def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:
@@ -89,15 +107,24 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
     plugin = LowLevelZeroPlugin(
         stage=stage, precision=config.precision, max_norm=config.clip_grad_norm, initial_scale=2**16
     )
-    return _boost(plugin, _model(config, device, lazy=False), config, no_sync=stage == 1)
+    model = new_model(config, device, lazy=False)
+    if wants_compile(config, device.type):
+        run_as_functions(model, functions_for(config, device.type))
+    return boost(plugin, model, config, no_sync=stage == 1)
 
 
-def _model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
-    """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter into chunks."""
+def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
+    """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter
+    into chunks.
+    """
     from colossalai.accelerator import get_accelerator
     from colossalai.lazy import LazyInitContext
 
-    with LazyInitContext(default_device=get_accelerator().get_current_device()) if lazy else device.torch_device:
+    with (
+        LazyInitContext(default_device=get_accelerator().get_current_device())
+        if lazy
+        else device.torch_device
+    ):
         model = build_model(
             config.shape(),
             attention=config.attention,
@@ -108,7 +135,17 @@ def _model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
     return model
 
 
-def _boost(plugin: Any, model: nn.Module, config: TrainConfig, *, no_sync: bool) -> BoostedTrainable:
+def boost(
+    plugin: Any,
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    no_sync: bool,
+    trainable: type[BoostedTrainable] = BoostedTrainable,
+) -> BoostedTrainable:
+    """Wrap model and optimizer by a Booster (collective). ``no_sync``: the plugin can leave gradients of a
+    micro-batch unreduced.
+    """
     from colossalai.booster import Booster
 
     from commons.colossal.adam_kernels import SuiteAdam
@@ -122,4 +159,4 @@ def _boost(plugin: Any, model: nn.Module, config: TrainConfig, *, no_sync: bool)
     )
     booster = Booster(plugin=plugin)
     boosted, optimizer, *_ = booster.boost(model, adam)
-    return BoostedTrainable(booster, boosted, optimizer, adam, no_sync)
+    return trainable(booster, boosted, optimizer, adam, no_sync)

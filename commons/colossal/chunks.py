@@ -1,10 +1,12 @@
-"""Gemini's chunks cut at the boundaries of transformer blocks, so that one gather serves one block and one reduction follows it.
+"""Gemini's chunks cut at the boundaries of transformer blocks, so that one gather serves one block and one
+reduction follows it.
 
-Left to itself, Gemini searches a chunk size between 32 and 64 million elements. A model smaller than that becomes one chunk that
-every rank keeps whole, so that nothing is sharded (and gradient accumulation is wrong: ``rearrange_accumulated_grad_chunk``
-multiplies a gathered chunk by the group's size on every rank). Larger ones straddle blocks.
-https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/search_utils.py (``search_chunk_configuration``)
-https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/manager.py (``rearrange_accumulated_grad_chunk``)
+Left to itself, Gemini searches a chunk size between 32 and 64 million elements. A model smaller than that
+becomes one chunk that every rank keeps whole, so that nothing is sharded (and gradient accumulation is wrong:
+``rearrange_accumulated_grad_chunk`` multiplies a gathered chunk by the group's size on every rank). Larger
+ones straddle blocks.
+``search_chunk_configuration``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/search_utils.py
+``rearrange_accumulated_grad_chunk``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/manager.py
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from model_zoo import ModelShape
 def block_elements(shape: ModelShape, tp_degree: int = 1) -> int:
     """Parameters of one transformer block on one tensor-parallel rank.
 
-    Four matrices (12 h^2) and the biases of the two column-parallel ones (7 h) are split; the biases of the two row-parallel ones
-    (2 h) and two layer norms (4 h) are whole on every rank.
+    Four matrices (12 h^2) and the biases of the two column-parallel ones (7 h) are split; the biases of the
+    two row-parallel ones (2 h) and two layer norms (4 h) are whole on every rank.
     """
     hidden = shape.hidden
     return (12 * hidden * hidden + 7 * hidden) // tp_degree + 6 * hidden
 
 
 def chunk_configuration(shape: ModelShape, zero_size: int, tp_degree: int = 1) -> dict[int, dict[str, Any]]:
-    """Gemini's ``chunk_config_dict``: chunks of one block, rounded up to a multiple of the ranks that share them.
+    """Gemini's ``chunk_config_dict``: chunks of one block, rounded up to a multiple of the ranks that share
+    them.
 
     Larger tensors (the embedding of all but the widest models) get a chunk of their own from Gemini.
     """
@@ -36,10 +39,12 @@ def chunk_configuration(shape: ModelShape, zero_size: int, tp_degree: int = 1) -
 
 
 def blocks_first(model: nn.Module) -> Any:
-    """Memory statistics that tell Gemini nothing but the order in which to fill its chunks: blocks first, then the rest.
+    """Memory statistics that tell Gemini nothing but the order in which to fill its chunks: blocks first,
+    then the rest.
 
-    In the order of the module, the position table would come between embedding and blocks and shift every block across a
-    boundary. Gemini takes the order from statistics made beforehand; under static placement it reads nothing else of them.
+    In the order of the module, the position table would come between embedding and blocks and shift every
+    block across a boundary. Gemini takes the order from statistics made beforehand; under static placement it
+    reads nothing else of them.
     """
     from colossalai.zero.gemini.memory_tracer import MemStats
 

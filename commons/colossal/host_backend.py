@@ -1,9 +1,11 @@
-"""Colossal-AI's Gemini, ZeRO and hybrid plans on a machine without a GPU: gloo ranks, host memory as the device.
+"""Colossal-AI's Gemini, ZeRO and hybrid plans on a machine without a GPU: gloo ranks, host memory as the
+device.
 
-Colossal-AI tells "on the device" from "offloaded to the host" by ``device.type`` ("cuda" against "cpu"), and its plugins insist on
-an accelerator named cuda or npu. Every torch call, on the other hand, takes a string as a device. So the accelerator below is
-called "cuda" and its current device is a string that says "cpu" to torch and ``type == "cuda"`` to Colossal-AI: the chunk state
-machine runs unpatched, moves and gathers included, and each of them can be counted.
+Colossal-AI tells "on the device" from "offloaded to the host" by ``device.type`` ("cuda" against "cpu"), and
+its plugins insist on an accelerator named cuda or npu. Every torch call, on the other hand, takes a string as
+a device. So the accelerator below is called "cuda" and its current device is a string that says "cpu" to
+torch and ``type == "cuda"`` to Colossal-AI: the chunk state machine runs unpatched, moves and gathers
+included, and each of them can be counted.
 
 What it cannot show: stream races, missing copies, pinned memory, NCCL, and how much memory a GPU would need.
 """
@@ -20,7 +22,9 @@ from colossalai.accelerator import BaseAccelerator, CpuAccelerator, set_accelera
 
 
 class HostDevice(str):
-    """The host's memory in the role of the accelerator's: "cpu" for torch, ``type == "cuda"`` for Colossal-AI."""
+    """The host's memory in the role of the accelerator's: "cpu" for torch, ``type == "cuda"`` for
+    Colossal-AI.
+    """
 
     type = "cuda"
     index = 0
@@ -41,7 +45,9 @@ class HostStream(torch.Stream):
 
 
 class HostAccelerator(CpuAccelerator):
-    """Colossal-AI's CPU accelerator under the name that its plugins ask for, with the calls that a device has."""
+    """Colossal-AI's CPU accelerator under the name that its plugins ask for, with the calls that a device
+    has.
+    """
 
     support_set_device = False
 
@@ -124,9 +130,10 @@ def install(capacity_bytes: int | None = None, working_set_bytes: int = 0) -> No
 
 @functools.cache
 def _give_record_stream_to_cpu() -> torch.library.Library:
-    """ZeRO records its gradient buckets on the communication stream; the CPU has no such operation and needs none.
+    """ZeRO records its gradient buckets on the communication stream; the CPU has no such operation and needs
+    none.
 
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/low_level/low_level_optim.py (``_run_reduction``)
+    ``_run_reduction``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/low_level/low_level_optim.py
     The library object is cached because the registration ends with it.
     """
     library = torch.library.Library("aten", "IMPL")
@@ -137,9 +144,9 @@ def _give_record_stream_to_cpu() -> torch.library.Library:
 def _answer_device_calls() -> None:
     """Tensor and pipeline parallelism name CUDA directly at three places.
 
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/shardformer/modeling/gpt2.py (``torch.cuda.set_device``)
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/shardformer/layer/qkv_fused_linear.py (``Tensor.cuda``)
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/pipeline/p2p.py (``dist.is_hccl_available``)
+    ``torch.cuda.set_device``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/shardformer/modeling/gpt2.py
+    ``Tensor.cuda``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/shardformer/layer/qkv_fused_linear.py
+    ``dist.is_hccl_available``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/pipeline/p2p.py
     """
     torch.cuda.set_device = lambda device: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # pyright: ignore[reportAttributeAccessIssue]
@@ -149,7 +156,7 @@ def _answer_device_calls() -> None:
 def _answer_memory_questions(capacity_bytes: int, working_set_bytes: int) -> None:
     """Placement "auto" asks the CUDA driver what is free and what an operation took.
 
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/placement_policy.py (``AutoPlacementPolicy``)
+    ``AutoPlacementPolicy``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/placement_policy.py
     https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/memory_tracer/memstats_collector.py
     """
     from colossalai.legacy.utils import memory

@@ -1,8 +1,9 @@
 """Importing Colossal-AI without the packages that it imports but that this suite never calls.
 
-Colossal-AI 0.5.0 imports bitsandbytes, galore_torch and peft at the top of modules that every plugin needs, for optimizers and
-LoRA adapters that are not used here. Installing them would add accelerate and about 100 MB. Empty stand-ins take their place
-while Colossal-AI is being imported and are gone afterwards, so that no other library mistakes them for the real thing.
+Colossal-AI 0.5.0 imports bitsandbytes, galore_torch and peft at the top of modules that every plugin needs,
+for optimizers and LoRA adapters that are not used here. Installing them would add accelerate and about 100
+MB. Empty stand-ins take their place while Colossal-AI is being imported and are gone afterwards, so that no
+other library mistakes them for the real thing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ UNUSED_PACKAGES: dict[str, tuple[str, ...]] = {
 class _StandIn(types.ModuleType):
     """A module that answers every name with an empty class."""
 
-    __path__: list[str] = []
+    __path__ = ()  # what makes it a package, whose submodules are looked up in sys.modules
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -37,7 +38,9 @@ class _StandIn(types.ModuleType):
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Put stand-ins for the packages of ``UNUSED_PACKAGES`` that are not installed into ``sys.modules`` for a while."""
+    """Put stand-ins for the packages of ``UNUSED_PACKAGES`` that are not installed into ``sys.modules`` for a
+    while.
+    """
     missing = [package for package in UNUSED_PACKAGES if importlib.util.find_spec(package) is None]
     names = [name for package in missing for name in (package, *UNUSED_PACKAGES[package])]
     sys.modules.update({name: _StandIn(name) for name in names})
@@ -63,7 +66,7 @@ def import_colossalai() -> None:
     """Import the parts of Colossal-AI that the plans use. Takes 4 to 5 s the first time, nothing afterwards."""
     check_version()
     with stand_ins():
-        import colossalai.booster.plugin  # noqa: F401
-        import colossalai.lazy  # noqa: F401
-        import colossalai.legacy.utils.memory  # noqa: F401  (placement "auto" imports it at every eviction)
+        import colossalai.booster.plugin
+        import colossalai.lazy
+        import colossalai.legacy.utils.memory
         import colossalai.nn.optimizer  # noqa: F401

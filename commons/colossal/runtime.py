@@ -1,4 +1,6 @@
-"""The one door between the plans and Colossal-AI: everything is imported, registered and mended here, once a process."""
+"""The one door between the plans and Colossal-AI: everything is imported, registered and mended here, once a
+process.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,19 @@ def prepare(device_type: str) -> None:
         device_type: "cuda" or "cpu"; on "cpu" the host backend is installed.
 
     Raises:
-        RuntimeError: Colossal-AI is missing or too old, or "cpu" was asked for where a CUDA device is visible.
+        RuntimeError: Colossal-AI is missing or too old, or "cpu" was asked for where a CUDA device is
+            visible.
     """
     from commons.colossal.imports import import_colossalai
 
     import_colossalai()
-    from commons.colossal import adam_kernels
+    from commons.colossal import adam_kernels, chunk_memory, split_gpt2, upstream_fixes
 
     adam_kernels.register()
+    chunk_memory.install()
+    split_gpt2.register()
     if device_type == "cpu":
         from commons.colossal import host_backend
 
         host_backend.install()
+    upstream_fixes.apply()  # asks upstream about devices, so the device comes first

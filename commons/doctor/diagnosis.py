@@ -42,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     Check("torch-arch", "gpu", torch_build.torch_arch),
     Check("torch-gpu", "gpu", torch_build.torch_gpu),
     Check("nvcc", "gpu", torch_build.nvcc),
+    Check("library-path", "gpu", torch_build.library_path),
     Check("clocks", "gpu-state", gpu_state.clocks),
     Check("ecc", "gpu-state", gpu_state.ecc),
     Check("gpu-use", "gpu-state", gpu_state.gpu_use),
@@ -124,10 +125,16 @@ def explain_failure(message: str, machine: Machine | None = None) -> list[Findin
     return problems(diagnose(machine, dict.fromkeys(topics)))
 
 
+def hides_gpu(finding: Finding) -> bool:
+    """A GPU for which torch has no code is seen all the same."""
+    is_cause = finding.level == "error" and finding.id != "torch-arch.no-code"
+    return is_cause or finding.id == "driver.no-gpu"
+
+
 def why_no_gpu(machine: Machine | None = None) -> str:
     """One line, "no GPU seen: <cause>; try: <command>"; an empty string where torch should see one."""
     found = explain_no_gpu(machine)
-    hides = [finding for finding in found if finding.level == "error" or finding.id == "driver.no-gpu"]
+    hides = [each for each in found if hides_gpu(each)]
     if not hides:
         return ""
     first = hides[0]

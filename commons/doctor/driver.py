@@ -154,25 +154,34 @@ def driver(machine: Machine) -> Iterator[Finding]:
     elif answer.path is None:
         yield without_nvidia_smi(machine)
     elif answer.problem:
-        yield smi_failure(answer)
+        yield smi_failure(machine, answer)
 
 
 def memory_text(gpu: Gpu) -> str:
     return "memory unknown" if gpu.memory_total_mib is None else f"{gpu.memory_total_mib / 1024:.0f} GiB"
 
 
-def smi_failure(answer: Smi) -> Finding:
+UNKNOWN_SMI_PROBLEM = (
+    "",
+    "fails",
+    "nvidia-smi fails",
+    "Where nvidia-smi cannot reach the GPU, CUDA cannot either.",
+    'nvidia-smi; sudo dmesg | grep -iE "nvrm|xid|nvidia"   # the reason',
+)
+
+
+def smi_failure(machine: Machine, answer: Smi) -> Finding:
+    """Under WSL the driver is Windows' own, so that no command for a Linux driver helps."""
     seen = f"{answer.path}: {answer.problem.splitlines()[0]}"
-    for pattern, cause, title, why, cure in SMI_PROBLEMS:
-        if re.search(pattern, answer.problem, re.IGNORECASE):
-            return error(cause, title, seen=seen, why=why, cure=cure)
-    return error(
-        "fails",
-        "nvidia-smi fails",
-        seen=seen,
-        why="Where nvidia-smi cannot reach the GPU, CUDA cannot either.",
-        cure='nvidia-smi; sudo dmesg | grep -iE "nvrm|xid|nvidia"   # the reason',
+    _, cause, title, why, cure = next(
+        (known for known in SMI_PROBLEMS if re.search(known[0], answer.problem, re.IGNORECASE)),
+        UNKNOWN_SMI_PROBLEM,
     )
+    if machine.wsl == 2:
+        cure = UPDATE_WSL
+    elif machine.container:
+        cure = f"{cure}\n# on the host, then start the container again: {with_gpus(machine)}"
+    return error(cause, title, seen=seen, why=why, cure=cure)
 
 
 def without_nvidia_smi(machine: Machine) -> Finding:

@@ -133,10 +133,9 @@ def is_shadowed(machine: Machine) -> bool:
 
 
 def linux_libcudas(machine: Machine) -> list[str]:
-    """Files of a Linux driver's libcuda (with its version in the name), links and WSL's own left out."""
+    """Files of a Linux driver's libcuda, which has its version in its name; links left out."""
     found = [path for folder in LIBRARY_FOLDERS for path in machine.glob(f"{folder}/libcuda.so.*.*")]
-    own = [path for path in found if not path.startswith("/usr/lib/wsl/") and not machine.is_link(path)]
-    return list(dict.fromkeys(own))
+    return list(dict.fromkeys(path for path in found if not machine.is_link(path)))
 
 
 def owning_package(machine: Machine, path: str) -> tuple[str, str]:
@@ -175,7 +174,7 @@ def shadowed(machine: Machine) -> Finding:
         "shadowed",
         "a Linux NVIDIA driver inside WSL hides the one from Windows",
         seen=f"a process loads {path}{origin}; cuInit answers {facts.init_code} {name}{smi_text}",
-        why=f"In WSL the GPU is reached through {WSL_LIBRARIES}/libcuda.so.1, which comes with Windows' driver."
+        why=f"In WSL the GPU is reached through {WSL_LIBRARIES}/libcuda.so.1, which Windows' driver brings."
         " A Linux driver's libcuda looks for /dev/nvidia*, which WSL does not have: torch says 'No CUDA GPUs"
         " are available', while nvidia-smi, which needs no libcuda, works. A distribution's CUDA packages"
         " (nvidia-cuda-toolkit) often bring it in.",

@@ -165,6 +165,8 @@ class Machine:
 
     def which(self, program: str) -> str | None:
         folders = [*self.environment.get("PATH", "").split(os.pathsep), *EXTRA_PROGRAM_FOLDERS]
+        if self.wsl == 2:  # a Linux driver's nvidia-smi, which cannot work there, may come first in PATH
+            folders.insert(0, WSL_LIBRARIES)
         for folder in filter(None, folders):
             path = f"{folder.rstrip('/')}/{program}"
             if self.at(path).is_file() and os.access(self.at(path), os.X_OK):

@@ -218,15 +218,22 @@ def nvcc(machine: Machine) -> Iterator[Finding]:
         return
     release = re.search(r"release (\d+\.\d+)", machine.run(["nvcc", "--version"]).stdout)
     yield ok(f"nvcc {release[1] if release else 'of unknown version'} does not matter here", path, why)
+
+
+def library_path(machine: Machine) -> Iterator[Finding]:
+    """A CUDA toolkit's folders in LD_LIBRARY_PATH come before the libraries that torch brings along."""
+    if not machine.torch_files.cuda:
+        return
     folders = machine.environment.get("LD_LIBRARY_PATH", "").split(":")
-    toolkit = [
-        folder for folder in folders if re.search(r"/cuda[^/]*/(lib|lib64|targets/[^/]+/lib)/?$", folder)
-    ]
-    if toolkit and machine.torch_files.cuda:
-        yield warning(
-            "library-path",
-            "a CUDA toolkit's libraries stand before torch's own",
-            seen=f"LD_LIBRARY_PATH holds {', '.join(toolkit)}",
-            why="torch may load cuBLAS or NCCL of another version from there: undefined symbols, or crashes.",
-            cure="unset LD_LIBRARY_PATH",
-        )
+    pattern = r"/cuda[^/]*/(lib|lib64|targets/[^/]+/lib)/?$"
+    toolkit = [folder for folder in folders if re.search(pattern, folder)]
+    if not toolkit:
+        yield ok("no CUDA toolkit in LD_LIBRARY_PATH")
+        return
+    yield warning(
+        "toolkit",
+        "a CUDA toolkit's libraries stand before torch's own",
+        seen=f"LD_LIBRARY_PATH holds {', '.join(toolkit)}",
+        why="torch may load cuBLAS or NCCL of another version from there: undefined symbols, or crashes.",
+        cure="unset LD_LIBRARY_PATH",
+    )

@@ -1,0 +1,241 @@
+"""Faults of Colossal-AI 0.5.0 that the suite's plans would meet and that can be mended from outside, one class a fault.
+
+Each names the upstream function, says what went wrong, and asks upstream whether it still does (:meth:`is_needed`): a Colossal-AI
+that has mended it is left alone. Faults that are avoided by construction are told where that happens: the forward pass, the loss
+and the sequence-parallel biases of a split GPT-2 in split_gpt2.py; small models and blocks across chunk boundaries in chunks.py;
+clipping with offloaded gradients in adam_kernels.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin import hybrid_parallel_plugin
+from colossalai.checkpoint_io.utils import gather_distributed_param
+from colossalai.tensor.d_tensor import api, is_customized_distributed_tensor, is_distributed_tensor
+from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
+from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy
+
+UPSTREAM = "https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/"
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A fault of upstream and its cure.
+
+    Attributes:
+        file: below ``UPSTREAM``.
+        function: there.
+        symptom: what a user would see.
+        is_needed: whether the installed Colossal-AI still has the fault.
+        apply: mends it.
+    """
+
+    file: str
+    function: str
+    symptom: str
+    is_needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def is_split(param: torch.Tensor) -> bool:
+    """Whether tensor-parallel ranks hold different parts of ``param``, not copies. Fused query, key and value count."""
+    return is_distributed_tensor(param) or is_customized_distributed_tensor(param)
+
+
+# --- Static placement: a fraction is one of bytes ---------------------------------------------------------------------------
+
+
+class _ProbeChunk:
+    chunk_mem, keep_gathered = 100, False
+
+    def __init__(self, params: list[str]) -> None:
+        self._params = params
+
+    def get_tensors(self) -> list[str]:
+        return self._params
+
+
+def _static_fractions_are_wrong() -> bool:
+    """Ask for half of two equal chunks with two parameters each: upstream moves both."""
+    chunks = [_ProbeChunk(["a", "b"]), _ProbeChunk(["c", "d"])]
+    owner = {param: chunk for chunk in chunks for param in chunk.get_tensors()}
+    manager: Any = SimpleNamespace(get_chunk=owner.__getitem__)
+    devices: dict[Any, Any] = {}
+    policy: Any = StaticPlacementPolicy(manager, offload_optim_frac=0.5)
+    policy.setup_grads_device(list(owner), devices)
+    # the device is no torch.device under the host backend, whose type says "cuda"
+    return [device.type for device in devices.values()].count("cpu") != 2
+
+
+def _setup_grads_device(policy: Any, params: list, grads_device_map: dict) -> None:
+    """Decide where each chunk's gradients, master weights and optimizer states live, and how much may stay gathered or on the device.
+
+    Of every fraction f, chunks are taken while they fit into f of the bytes, so that never more than f is offloaded or sharded
+    away, and f = 1 takes all. Blocks come first, in their order; a rank keeps the same ones as every other.
+    """
+    from colossalai.accelerator import get_accelerator
+
+    chunks = list(dict.fromkeys(policy.chunk_manager.get_chunk(param) for param in params))  # a set has no order
+    total = sum(chunk.chunk_mem for chunk in chunks)
+    room = total * policy.offload_optim_frac
+    for chunk in chunks:
+        offload = not chunk.keep_gathered and chunk.chunk_mem <= room + 0.5
+        room -= chunk.chunk_mem if offload else 0
+        device = torch.device("cpu") if offload else get_accelerator().get_current_device()
+        for param in chunk.get_tensors():
+            grads_device_map[param] = device
+    policy.keep_gathered_chunk_mem = total * (1 - policy.shard_param_frac)
+    policy.keep_cuda_chunk_mem = total * (1 - policy.offload_param_frac)
+
+
+def _mend_static_fractions() -> None:
+    StaticPlacementPolicy.setup_grads_device = _setup_grads_device
+
+
+# --- Gemini's gradient norm under tensor parallelism ----------------------------------------------------------------------
+
+
+def _gemini_norm_is_wrong() -> bool:
+    return "tp_group" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
+
+
+def _calc_global_norm(optimizer: Any) -> float:
+    """L2 norm of the whole gradient (collective), equal on all ranks: every element counted once, wherever it lies."""
+    real = {id(fake): optimizer.id_to_real_params[i] for i, fake in optimizer.id_to_fake_params.items()}
+    tp_size, zero_size = optimizer.tp_size, dist.get_world_size(optimizer.module.zero_group)
+    norms: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+    for fake in (fake for group in optimizer.param_groups for fake in group["params"]):
+        chunk = optimizer.param_to_chunk16[fake]
+        grad_chunk = chunk if optimizer.chunk_manager.reuse_fp16_chunk else chunk.grad_chunk
+        copies = (1 if is_split(real[id(fake)]) else tp_size) * (zero_size if grad_chunk.is_gathered else 1)
+        norms.setdefault((fake.grad.device, copies), []).append(fake.grad)
+    total = 0.0
+    for (_, copies), grads in norms.items():
+        parts = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        total += parts.double().square().sum().item() / copies
+    buffer = torch.tensor(total, dtype=torch.float64, device=optimizer.module.chunk_manager.overflow_counter.device)
+    dist.all_reduce(buffer, group=optimizer.module.zero_group)
+    dist.all_reduce(buffer, group=optimizer.tp_group)
+    optimizer._clear_global_norm()
+    return math.sqrt(buffer.item())
+
+
+def _mend_gemini_norm() -> None:
+    upstream = GeminiOptimizer._calc_global_norm
+
+    def calc_global_norm(self: Any) -> float:
+        return _calc_global_norm(self) if self.tp_size > 1 else upstream(self)
+
+    GeminiOptimizer._calc_global_norm = calc_global_norm
+
+
+# --- HybridParallelPlugin's gradient norm under tensor parallelism --------------------------------------------------------
+
+
+def _hybrid_norm_is_wrong() -> bool:
+    source = inspect.getsource(hybrid_parallel_plugin)
+    return "is_distributed_tensor(" in source and "is_customized_distributed_tensor" not in source
+
+
+def _mend_hybrid_norm() -> None:
+    hybrid_parallel_plugin.is_distributed_tensor = is_split
+
+
+# --- Saving Gemini's optimizer under tensor parallelism -------------------------------------------------------------------
+
+
+def _saving_is_wrong() -> bool:
+    return "step" not in inspect.getsource(GeminiOptimizer.collect_states).split("Reshape tensors")[-1]
+
+
+def _mend_saving() -> None:
+    upstream = GeminiOptimizer.collect_states
+
+    def collect_states(self: Any, param_id: int, only_rank_0: bool = True) -> dict:
+        with _nothing_is_split():
+            states = upstream(self, param_id, only_rank_0)
+        param = self.id_to_real_params[param_id]
+        if not is_split(param):
+            return states
+        return {
+            name: state if name == "step" else _gather_like(param, state) for name, state in states.items()
+        }
+
+    GeminiOptimizer.collect_states = collect_states
+
+
+@contextmanager
+def _nothing_is_split() -> Iterator[None]:
+    """Have the optimizer's code see every parameter as whole: it then returns this tensor-parallel rank's part."""
+    names = ("is_distributed_tensor", "is_customized_distributed_tensor")
+    originals = {name: getattr(gemini_optimizer, name) for name in names}
+    vars(gemini_optimizer).update(dict.fromkeys(names, lambda tensor: False))
+    try:
+        yield
+    finally:
+        vars(gemini_optimizer).update(originals)
+
+
+def _gather_like(param: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The whole of an optimizer state, on the host, from the parts that lie like those of ``param`` (collective over tensor ranks)."""
+    from colossalai.accelerator import get_accelerator
+
+    part = state.reshape(param.shape).to(get_accelerator().get_current_device())
+    if is_distributed_tensor(param):
+        mesh, spec = api.get_device_mesh(param), api.get_sharding_spec(param)
+        part = api.init_as_dtensor(part, device_mesh=mesh, sharding_spec=spec, global_shape=api.get_global_shape(param))
+    else:
+        api.init_tensor_as_customization_distributed(part, shard_fn=param.shard_fn, gather_fn=param.gather_fn)  # pyright: ignore
+    return gather_distributed_param(part, keep_vars=False).cpu()
+
+
+FIXES = (
+    Fix(
+        "zero/gemini/placement_policy.py",
+        "StaticPlacementPolicy.setup_grads_device",
+        "memory is counted once a parameter instead of once a chunk: offload_optim_frac 0.5 moves all chunks;"
+        " and which chunks are moved depends on the addresses of objects",
+        _static_fractions_are_wrong,
+        _mend_static_fractions,
+    ),
+    Fix(
+        "zero/gemini/gemini_optimizer.py",
+        "GeminiOptimizer._calc_global_norm",
+        "with tp_size > 1 every tensor-parallel rank clips by the norm of its own part of the gradient",
+        _gemini_norm_is_wrong,
+        _mend_gemini_norm,
+    ),
+    Fix(
+        "booster/plugin/hybrid_parallel_plugin.py",
+        "_compute_grad_norm of its three optimizers",
+        "with tp_size > 1 the fused query-key-value and first feed-forward layers, which are split by a function of"
+        " their own, count as copies: the norm is too small and clipping too weak",
+        _hybrid_norm_is_wrong,
+        _mend_hybrid_norm,
+    ),
+    Fix(
+        "zero/gemini/gemini_optimizer.py",
+        "GeminiOptimizer.collect_states",
+        "with tp_size > 1 save_optimizer fails with an assertion, as the step number is taken for a split tensor; behind it"
+        " the gathered states are dropped and each file would hold one rank's part",
+        _saving_is_wrong,
+        _mend_saving,
+    ),
+)
+
+
+def apply() -> None:
+    """Mend what the installed Colossal-AI still has wrong. Called once, by ``runtime.prepare``."""
+    for fix in FIXES:
+        if fix.is_needed():
+            fix.apply()

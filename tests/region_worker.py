@@ -1,0 +1,154 @@
+"""Trains gpt2_tiny under Gemini with a hook a block and with one an operation, and compares. For torchrun; fails by assertion."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import commons.gpt2_functions
+import model_zoo
+from commons import device
+from commons.config import TrainConfig
+from commons.engine import Session, build_session, train_steps
+
+STEPS = 3
+FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--lr", "1e-3", "--run_name", "unused", "--compile", "off"]
+
+CASES = {
+    "plain": "",
+    "clipping": "--clip_grad_norm 0.5",
+    "fp16": "--precision fp16 --clip_grad_norm 0.5",
+    "dropout, recompute": "--dropout 0.1 --activation_checkpointing on",
+    "eager attention, dropout": "--attention eager --dropout 0.1",
+    "accumulation": "--grad_accum 3 --clip_grad_norm 0.5",
+    "accumulation, fp16": "--grad_accum 2 --precision fp16",
+    "all on the host": "--placement cpu",
+    "all on the host, accumulation": "--placement cpu --grad_accum 2 --clip_grad_norm 0.5",
+    "half of the optimizer on the host": "--placement const --clip_grad_norm 0.3",
+    "auto, accumulation, prefetch": "--placement auto --grad_accum 2 --max_prefetch 2",
+    "half sharded": "--shard_param_frac 0.5 --offload_optim_frac 0.5",
+    "kept gathered": "--shard_param_frac 0",
+    "prefetch": "--max_prefetch 2",
+    "prefetch from the host, recompute": "--max_prefetch 2 --placement cpu --activation_checkpointing on",
+}
+
+
+def written_out_loss(hidden: Any, weight: Any, tokens: Any, vocab: int, kernel: Any) -> torch.Tensor:
+    return model_zoo.next_token_loss(functional.linear(hidden, weight), tokens, vocab=vocab)
+
+
+def train(here: device.Device, flags: str, hooks: str) -> tuple[Session, list[tuple[float, float | None]]]:
+    config = TrainConfig.from_cli([*FLAGS, *flags.split(), "--gemini_hooks", hooks])
+    session = build_session(config, here)
+    torch.manual_seed(here.rank)  # of dropout
+    return session, [(record.loss, record.grad_norm) for record in train_steps(session)]
+
+
+def check_equal(here: device.Device) -> None:
+    """Every bit the same with the same loss; with the loss in pieces, all but rounding."""
+    in_pieces = commons.gpt2_functions.next_token_loss
+    for name, flags in CASES.items():
+        _, by_operation = train(here, flags, "operation")
+        commons.gpt2_functions.next_token_loss = written_out_loss
+        _, by_block = train(here, flags, "block")
+        commons.gpt2_functions.next_token_loss = in_pieces
+        if here.rank == 0:
+            print(name, by_operation, by_block, flush=True)
+        assert by_block == by_operation, name
+        _, rounded = train(here, flags, "block")
+        for (loss, norm), (wanted_loss, wanted_norm) in zip(rounded, by_operation, strict=True):
+            assert abs(loss - wanted_loss) < 1e-3, name
+            assert norm is None or abs(norm - wanted_norm) < 5e-3 * wanted_norm, name
+
+
+def check_calls(here: device.Device) -> None:
+    """One hook a region each way, no handler a parameter, and no gradient left at a parameter."""
+    session, _ = train(here, "", "block")
+    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
+    from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+
+    from commons.colossal.block_hooks import Region
+
+    counts: Counter = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    counted(Region, "gather")
+    counted(Region, "release")
+    counted(ColoParamOpHookManager, "pre_op")
+    counted(GeminiDDP, "grad_handle")
+    next(train_steps(session))
+    regions = session.shape.layers + 2
+    print(dict(counts))
+    assert counts == {"gather": 2 * regions, "release": 2 * regions}
+    chunk_manager = session.trainable.model.chunk_manager
+    assert chunk_manager.accessed_mem == 0
+    assert not session.trainable.model.param_op_hook._gemini_manager.async_works
+
+
+def check_logits_without_labels(here: device.Device) -> None:
+    """Without labels the model gives logits, as before."""
+    session, _ = train(here, "", "block")
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        model = session.trainable.model
+        assert model(input_ids=tokens).logits.shape == (1, 8, session.shape.padded_vocab)
+        loss = model(input_ids=tokens, labels=tokens).loss
+    assert loss.ndim == 0 and not loss.requires_grad
+
+
+def check_no_copies_on_one_rank(here: device.Device) -> None:
+    """A chunk of one rank lies where it lies, whole or "sharded", and is counted once."""
+    session, _ = train(here, "", "block")
+    manager = session.trainable.model.chunk_manager
+    chunks = list(manager.get_chunks(session.trainable.model.fp16_params))
+    places = [chunk.cuda_global_chunk.data_ptr() for chunk in chunks]
+    assert all(not chunk.is_gathered and chunk.cuda_shard.data_ptr() == place for chunk, place in zip(chunks, places))
+    before = dict(manager.total_mem)
+    next(train_steps(session))
+    assert places == [chunk.cuda_global_chunk.data_ptr() for chunk in chunks]
+    assert manager.total_mem == before
+    states = sum(
+        tensor.nbytes
+        for state in session.trainable.adam.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    )
+    assert before["cuda"] == states + sum(chunk.chunk_mem + chunk.paired_chunk.chunk_mem for chunk in chunks)
+    assert before["cpu"] == 0
+
+
+def check_offload_frees_on_one_rank(here: device.Device) -> None:
+    """A chunk that is on the host takes no memory of the device."""
+    session, _ = train(here, "--placement cpu", "block")
+    manager = session.trainable.model.chunk_manager
+    for chunk in manager.get_chunks(session.trainable.model.fp16_params):
+        assert chunk.device_type == "cpu" and chunk.cuda_global_chunk.untyped_storage().nbytes() == 0
+    assert manager.total_mem["cuda"] == 0
+
+
+def main() -> None:
+    here = device.launch("cpu", 60)
+    checks = [check_equal, check_logits_without_labels]
+    if here.world_size == 1:
+        checks += [check_no_copies_on_one_rank, check_offload_frees_on_one_rank]
+    checks += [check_calls]  # replaces functions, so it comes last
+    for check in checks:
+        print(check.__name__, flush=True)
+        check(here)
+    device.teardown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+"""The settings: their defaults, the flags made from them, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commons import cli
+from commons.checks import LIMITS, problems, working_head_counts
+from commons.config import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
+from commons.plans import PLANS
+from model_zoo import MODEL_SIZES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ABLE = dataclasses.replace(
+    PLANS["CAI_Gemini"],
+    name="Able",
+    placement=True,
+    tensor_parallel=True,
+    pipeline=True,
+    precisions=("bf16", "fp16", "fp32"),
+)
+
+
+def found(
+    *, world_size: Any = 1, device: Any = "cpu", gpu_count: Any = 0, plan: Any = ABLE, **settings: Any
+) -> str:
+    """All problems of these settings as one text."""
+    config = TrainConfig(**settings)
+    return "\n".join(problems(config.resolve(device), world_size, device, gpu_count, plan))
+
+
+def read(*argv: str) -> tuple[TrainConfig, str]:
+    config, lines = cli.judge(cli.read_flags(argv), 1, 1)
+    return config, "\n".join(lines)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the same answers on a machine with GPUs; the checks get theirs as arguments
+    monkeypatch.setattr(cli, "find_devices", lambda wanted: ("cuda" if wanted == "cuda" else "cpu", 0))
+
+
+# ---- defaults
+
+
+@pytest.mark.parametrize("device", DEVICE_DEFAULTS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_defaults_are_complete_and_without_problems(device: str, plan: str) -> None:
+    config = TrainConfig(distplan=plan).resolve(device)
+    unset = [name for name, value in config.as_dict().items() if value is None]
+    assert unset == ["run_name"]
+    assert problems(config, 1, device, 1, PLANS[plan]) == []
+    assert config.resolve(device) == config
+
+
+def test_as_dict_holds_every_field_once() -> None:
+    assert list(TrainConfig().as_dict()) == [f.name for g in FLAG_GROUPS for f in dataclasses.fields(g)]
+    assert set(TrainConfig().as_dict()) == {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_every_number_has_a_limit_that_allows_its_default_and_its_suggestion() -> None:
+    config = TrainConfig().resolve("cpu")
+    for name, value in config.as_dict().items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert LIMITS[name].allows(value), name
+            assert LIMITS[name].allows(LIMITS[name].works), name
+
+
+def test_default_sequence_fits_the_model() -> None:
+    assert TrainConfig(model_type="gpt2_tiny").resolve("cuda").seq_len == MODEL_SIZES["gpt2_tiny"].positions
+
+
+def test_shape_takes_the_overrides() -> None:
+    shape = TrainConfig(model_type="gpt2_small", num_layers=2, hidden_size=96, num_heads=3).shape()
+    assert (shape.layers, shape.hidden, shape.heads) == (2, 96, 3)
+    assert shape.vocab == MODEL_SIZES["gpt2_small"].vocab
+    assert TrainConfig().resolve("cpu").shape() == MODEL_SIZES["gpt2_tiny"]
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_placement_names_stand_for_fractions(name: str) -> None:
+    placement = TrainConfig(placement=name).resolve("cpu").gemini_placement()  # pyright: ignore
+    if name == "auto":
+        assert set(placement) == {"placement_policy", "warmup_non_model_data_ratio", "steady_cuda_cap_ratio"}
+        assert placement["placement_policy"] == "auto"
+    else:
+        assert placement["placement_policy"] == "static"
+        assert tuple(placement[f] for f in FRACTIONS) == PLACEMENTS[name]
+
+
+def test_fractions_given_with_static_are_kept() -> None:
+    config = TrainConfig(offload_optim_frac=0.25, shard_param_frac=0.5).resolve("cpu")
+    assert config.gemini_placement() == {
+        "placement_policy": "static",
+        "shard_param_frac": 0.5,
+        "offload_optim_frac": 0.25,
+        "offload_param_frac": 0.0,
+    }
+
+
+@pytest.mark.parametrize(("pp", "batch", "expected"), [(1, 4, 1), (2, 4, 2), (2, 5, 5), (4, 8, 4)])
+def test_default_microbatches(pp: int, batch: int, expected: int) -> None:
+    assert TrainConfig(pp_degree=pp, batch_size=batch).resolve("cpu").num_microbatches == expected
+
+
+# ---- the command line
+
+
+def test_underscores_dashes_and_equal_signs_are_the_same() -> None:
+    spellings = (["--train_step", "7"], ["--train-step", "7"], ["--train_step=7"], ["--train-step=7"])
+    assert {read(*words)[0].train_step for words in spellings} == {7}
+
+
+def test_types_and_repeated_flags() -> None:
+    config, wrong = read("--lr", "1e-3", "--quiet", "--measure_peak=false", "--seed", "1", "--seed", "2")
+    assert (config.lr, config.quiet, config.measure_peak, config.seed, wrong) == (1e-3, True, False, 2, "")
+
+
+def test_help_is_grouped_and_tells_everything() -> None:
+    text = cli.help_text("prog")
+    for group in FLAG_GROUPS:
+        assert f"{group._argument_group_name}:" in text
+        for field in dataclasses.fields(group):
+            assert f"--{field.name}" in text
+    assert all(name in text for name in [*PLANS, *MODEL_SIZES])
+    assert "default: None" not in text
+    assert "examples:" in text
+
+
+UNREADABLE = [
+    (["--batch_size", "ten"], "--batch_size must be a whole number, got 'ten': try --batch_size"),
+    (["--batch_size", "1.5"], "--batch_size must be a whole number, got '1.5'"),
+    (["--lr", "fast"], "--lr must be a number, got 'fast'"),
+    (["--quiet", "perhaps"], "--quiet must be true or false, got 'perhaps'"),
+    (["--seq_len"], "--seq_len needs a value"),
+    (["--attention", "flsh"], "--attention 'flsh' does not exist: did you mean flash?"),
+    (["--placement", "disk"], "--placement 'disk' does not exist: use auto, static, cuda, cpu or const"),
+    (["--precision", "bf32"], "did you mean"),
+    (["--lrr", "3"], "--lrr is no flag: did you mean --lr?"),
+    (["--tp-degre", "2"], "did you mean --tp_degree"),
+    (["--qqq"], "--qqq is no flag: see --help"),
+    (["stray"], "'stray' belongs to no flag"),
+    (["--distplan", "CAI_Gemni"], "--distplan 'CAI_Gemni' does not exist: did you mean CAI_Gemini"),
+    (["--distplan", "cai_gemini"], "did you mean CAI_Gemini"),
+    (["--model_type", "gpt2_meduim"], "did you mean gpt2_medium"),
+    (["--model_type", "llama"], "--model_type 'llama' does not exist: use gpt2_tiny"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), UNREADABLE, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_what_cannot_be_read_is_told(argv: list[str], message: str) -> None:
+    wrong = read(*argv)[1]
+    assert message in wrong
+    assert len(wrong.splitlines()) == 1
+
+
+def test_unreadable_values_count_as_not_given() -> None:
+    config, _ = read("--train_step", "x", "--lr", "0.5")
+    assert (config.train_step, config.lr) == (TrainConfig().train_step, 0.5)
+
+
+# ---- checks
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(TrainConfig) if isinstance(f.default, float)]
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_number_may_be_nan_or_infinite(name: str, value: str) -> None:
+    assert f"--{name} must be a finite number, got {value}: try --{name}" in read(f"--{name}={value}")[1]
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_limit_is_enforced_and_suggests_what_works(name: str) -> None:
+    limit = LIMITS[name]
+    too_small = limit.low - 1 if limit.low is not None else limit.above
+    wrong = found(**{name: too_small})
+    assert f"--{name} must be {limit}, got {too_small:g}: try --{name} {limit.works:g}" in wrong
+    upper = limit.high if limit.high is not None else limit.below
+    if upper is not None:
+        assert f"--{name} must be {limit}" in found(**{name: upper + 1})
+
+
+WRONG = [
+    ({"train_step": 2}, "--train_step must exceed --warmup_step (2), got 2: try --train_step 12"),
+    ({"train_step": 1, "warmup_step": 1}, "--warmup_step 0"),
+    ({"lr_warmup_step": 11}, "--lr_warmup_step 11 would not end"),
+    ({"seq_len": 129}, "--seq_len 129 exceeds the 128 positions of gpt2_tiny: use --seq_len 128"),
+    (
+        {"num_heads": 5},
+        "5 heads (--num_heads) do not divide the hidden size 64 (--hidden_size): use --num_heads",
+    ),
+    ({"tp_degree": 3, "world_size": 3}, "--tp_degree 3 does not divide the 4 attention heads of gpt2_tiny"),
+    ({"tp_degree": 3, "world_size": 3}, "--tp_degree 3 does not divide the hidden size"),
+    ({"tp_degree": 3, "world_size": 3}, "--tp_degree 3 does not divide the padded vocabulary of 1024"),
+    (
+        {"tp_degree": 2, "world_size": 3},
+        "= 2 ranks hold one copy of the model, and 3 ranks cannot be shared out",
+    ),
+    ({"tp_degree": 2, "pp_degree": 2, "world_size": 2}, "start 4 ranks (GPUNUM=4"),
+    ({"pp_degree": 8, "batch_size": 8, "world_size": 8}, "gpt2_tiny has 4 layers: use --pp_degree 4"),
+    (
+        {"pp_degree": 2, "num_microbatches": 3, "world_size": 2},
+        "--num_microbatches 3 does not divide --batch_size 4",
+    ),
+    ({"pp_degree": 4, "num_microbatches": 2, "world_size": 4}, "must be at least --pp_degree 4"),
+    (
+        {"pp_degree": 2, "num_microbatches": 3, "batch_size": 6, "num_model_chunks": 2, "world_size": 2},
+        "must be a multiple of --pp_degree 2",
+    ),
+    ({"num_model_chunks": 2}, "--num_model_chunks 2 needs a pipeline"),
+    ({"pp_degree": 2, "zero_stage": 2, "world_size": 2}, "use --zero_stage 1 or 0"),
+    ({"sequence_parallel": "on"}, "--sequence_parallel on needs tensor parallelism"),
+    (
+        {"sequence_parallel": "on", "tp_degree": 2, "seq_len": 63, "world_size": 2},
+        "do not divide --seq_len 63: use --seq_len 62",
+    ),
+    ({"offload_param_frac": 0.5}, "--offload_param_frac 0.5 would be ignored"),
+    ({"offload_param_frac": 0.5, "shard_param_frac": 0.5, "offload_optim_frac": 1.0}, "would be ignored"),
+    (
+        {"placement": "cuda", "offload_optim_frac": 0.5},
+        "--offload_optim_frac 0.5 contradicts --placement cuda",
+    ),
+    ({"placement": "auto", "shard_param_frac": 0.5}, "contradicts --placement auto, which has none"),
+    ({"warmup_non_model_data_ratio": 0.5}, "is read under --placement auto only"),
+    ({"attention": "flash", "dropout": 0.1}, "--attention flash has no dropout on a CPU"),
+    ({"attention": "flash", "precision": "fp32", "device": "cuda", "gpu_count": 1}, "no fp32 on a GPU"),
+    ({"device": "cuda"}, "--device cuda needs a GPU (no GPU seen"),
+    (
+        {"device": "cuda", "gpu_count": 1, "world_size": 2},
+        "2 ranks on this machine, but 1 visible GPU: use GPUNUM=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_wrong_settings_are_told(settings: dict, message: str) -> None:
+    assert message in found(**settings)
+
+
+RIGHT = [
+    {"train_step": 1, "warmup_step": 0},
+    {"seq_len": 128},
+    {"tp_degree": 2, "world_size": 4},
+    {"tp_degree": 2, "pp_degree": 2, "world_size": 4},
+    {"tp_degree": 2, "world_size": 2, "sequence_parallel": "on"},
+    {"pp_degree": 2, "num_microbatches": 4, "num_model_chunks": 2, "world_size": 2},
+    {"pp_degree": 2, "zero_stage": 1, "world_size": 2},
+    {"offload_param_frac": 0.5, "offload_optim_frac": 1.0},
+    {"offload_optim_frac": 0.3, "shard_param_frac": 0.7},
+    {"placement": "cpu", "offload_param_frac": 1.0},
+    {"placement": "auto", "warmup_non_model_data_ratio": 0.5},
+    {"attention": "flash"},
+    {"device": "cuda", "gpu_count": 2, "world_size": 2},
+    {
+        "clip_grad_norm": 1.0,
+        "grad_accum": 4,
+        "lr_warmup_step": 10,
+        "lr_schedule": "cosine",
+        "precision": "fp32",
+    },
+]
+
+
+@pytest.mark.parametrize("settings", RIGHT, ids=str)
+def test_right_settings_are_not_complained_about(settings: dict) -> None:
+    assert found(**settings) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"placement": "cpu"}, "--placement cpu"),
+        ({"offload_optim_frac": 0.5}, "--offload_optim_frac 0.5"),
+        ({"max_prefetch": 2}, "--max_prefetch 2"),
+        ({"tp_degree": 2}, "--tp_degree 2"),
+        ({"pp_degree": 2}, "--pp_degree 2"),
+        ({"zero_stage": 0}, "--zero_stage 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_plan_does_not_have_are_told_once(settings: dict, flag: str) -> None:
+    simple = dataclasses.replace(ABLE, name="Simple", placement=False, tensor_parallel=False, pipeline=False)
+    lines = found(plan=simple, **settings).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{flag} means nothing to Simple: leave it out")
+
+
+def test_a_precision_that_a_plan_cannot_names_both_ways_out() -> None:
+    wrong = found(plan=PLANS["CAI_Gemini"], precision="fp32")
+    assert "CAI_Gemini cannot train in --precision fp32: use --precision bf16 or fp16, or --distplan" in wrong
+    assert "Pytorch_DDP" in wrong
+
+
+def test_head_counts_that_would_work_for_tensor_parallel_gpt2_xl() -> None:
+    wrong = found(model_type="gpt2_xl", tp_degree=2, world_size=2)
+    assert "--tp_degree 2 does not divide the 25 attention heads of gpt2_xl: use --num_heads" in wrong
+    counts = working_head_counts(MODEL_SIZES["gpt2_xl"], 2)
+    assert counts == [16, 20, 32, 40]
+    for heads in counts:
+        assert found(model_type="gpt2_xl", tp_degree=2, world_size=2, num_heads=heads) == ""
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", "a\\b", "x" * 201])
+def test_run_names_that_leave_the_folder(name: str, tmp_path: Path) -> None:
+    assert "must be a folder's name" in found(run_name=name, log_dir=str(tmp_path))
+
+
+def test_run_that_is_already_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    where = {"log_dir": str(tmp_path), "run_name": "old"}
+    assert found(**where) == ""  # what the launcher leaves to its ranks
+    (tmp_path / "old" / "config.json").touch()
+    assert "already holds a run: choose another name" in found(**where)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert found(**where) == ""
+
+
+def test_log_dir_is_judged_without_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file, not a folder" in found(log_dir=str(tmp_path / "file" / "logs"))
+    assert found(log_dir=str(tmp_path / "a" / "b")) == ""
+    assert not (tmp_path / "a").exists()
+    # root may write anywhere, so what the system would say to another user is said for it
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"{tmp_path} cannot be written to by this user" in found(log_dir=str(tmp_path / "a"))
+
+
+# ---- as the user sees it
+
+MANY_MISTAKES = [
+    "--distplan=CAI_Gemni", "--model_type=gpt2_tinny", "--train_step=1", "--batch_size=0", "--lr=nan",
+    "--precision=int8", "--seq_len=many", "--device=cuda", "--run_name=../out", "--log_dir=logs", "--wat",
+]  # fmt: skip
+
+
+def command_line(*argv: str, folder: Path, rank: str | None = None) -> subprocess.CompletedProcess:
+    code = "import sys; from commons.config import TrainConfig; print(TrainConfig.from_cli(sys.argv[1:]))"
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    environ.pop("RANK", None)
+    if rank is not None:
+        environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def children_cpu_seconds() -> float:
+    """Not the clock on the wall: this machine may be busy with something else."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_all_problems_are_told_at_once_and_nothing_is_made(tmp_path: Path) -> None:
+    start = children_cpu_seconds()
+    done = command_line(*MANY_MISTAKES, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"{len(MANY_MISTAKES) - 1} problems with the settings")  # log_dir is right
+    for flag in MANY_MISTAKES:
+        name = flag.split("=")[0]
+        assert (
+            name == "--log_dir"
+            or sum(line.startswith(f"  - {name} ") for line in done.stderr.splitlines()) == 1
+        )
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert children_cpu_seconds() - start < 10
+
+
+def test_only_rank_0_tells(tmp_path: Path) -> None:
+    told = command_line("--batch_size=0", folder=tmp_path, rank="0")
+    silent = command_line("--batch_size=0", folder=tmp_path, rank="1")
+    assert (told.returncode, silent.returncode) == (2, 2)
+    assert "--batch_size must be at least 1" in told.stderr
+    assert silent.stdout + silent.stderr == ""
+
+
+def test_help_exits_with_0(tmp_path: Path) -> None:
+    done = command_line("--help", "--batch_size=0", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: train_gpt_demo.py")
+
+
+def test_importing_the_configuration_is_light() -> None:
+    code = "import sys, commons.cli, commons.config, commons.plans; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"

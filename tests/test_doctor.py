@@ -1,0 +1,1322 @@
+"""The doctor on faked machines (a tree of files, fake nvidia-smi and libcuda answers) and on this one."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_machine import GIB, FakeMachine, FakeSmi, gpu, rtx_4070
+
+from commons import versions
+from commons.doctor import (
+    CHECKS,
+    Finding,
+    Machine,
+    as_text,
+    diagnose,
+    driver,
+    exit_code,
+    explain_failure,
+    explain_no_gpu,
+    host,
+    packages,
+    probes,
+    smi,
+    torch_build,
+    why_no_gpu,
+)
+from commons.doctor.diagnosis import TOPICS, Check, run_check
+from commons.doctor.machine import (
+    AllReduce,
+    CudaDevice,
+    Disk,
+    Distribution,
+    Libcuda,
+    TorchFiles,
+    TorchImport,
+    judge_all_reduce,
+)
+from commons.doctor.processes import Completed, run_process, run_together
+from commons.doctor.report import SCHEMA_VERSION, as_json, wants_colour
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCTOR = REPOSITORY / "commons" / "doctor"
+
+H100 = CudaDevice("NVIDIA H100 80GB HBM3", (9, 0))
+LINUX_LIBCUDA = "/usr/lib/x86_64-linux-gnu/libcuda.so.550.54.15"
+INSIDE_WSL = "/usr/lib/x86_64-linux-gnu/libcuda.so.535.183.01"
+WSL_LIBCUDA = "/usr/lib/wsl/lib/libcuda.so.1"
+
+
+@pytest.fixture
+def linux(tmp_path: Path) -> FakeMachine:
+    """One H100, driver 550, CUDA 12.4, nothing wrong."""
+    machine = FakeMachine(tmp_path)
+    machine.install("/usr/bin/nvidia-smi", FakeSmi(gpu()))
+    for node in ("nvidia0", "nvidiactl", "nvidia-uvm"):
+        machine.write(f"/dev/{node}")
+    machine.write("/sys/bus/pci/devices/0000:41:00.0/vendor", "0x10de\n")
+    machine.write("/sys/bus/pci/devices/0000:41:00.0/class", "0x030200\n")
+    machine.write(LINUX_LIBCUDA)
+    machine.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 0, (H100,))
+    return machine.with_torch("2.6.0", "12.4")
+
+
+@pytest.fixture
+def no_gpu(linux: FakeMachine) -> FakeMachine:
+    """Neither an NVIDIA GPU nor a driver."""
+    for path in ("/usr/bin/nvidia-smi", "/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm"):
+        linux.at(path).unlink()
+    shutil.rmtree(linux.at("/sys/bus/pci"))
+    linux.libcuda = Libcuda(False, error="libcuda.so.1: cannot open shared object file")
+    return linux.with_torch("2.6.0+cpu", None)
+
+
+@pytest.fixture
+def wsl(tmp_path: Path) -> FakeMachine:
+    """WSL 2 with an RTX 4070, driver 551.78, CUDA 12.4, the distribution's nvcc 11.5; it trains."""
+    machine = FakeMachine(tmp_path)
+    machine.write("/proc/sys/kernel/osrelease", "5.15.146.1-microsoft-standard-WSL2")
+    machine.write("/dev/dxg")
+    machine.write(WSL_LIBCUDA)
+    machine.write("/usr/lib/x86_64-linux-gnu/libc.so.6")
+    machine.at("/usr/lib/x86_64-linux-gnu/libcuda.so.1.1").symlink_to(machine.at(WSL_LIBCUDA))
+    machine.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(rtx_4070()))
+    nvcc = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 11.5, V11.5.119\n"
+    machine.install("/usr/bin/nvcc", lambda _: Completed(0, nvcc))
+    machine.libcuda = Libcuda(
+        True, (WSL_LIBCUDA,), (12, 4), 0, (CudaDevice("NVIDIA GeForce RTX 4070", (8, 9)),)
+    )
+    machine.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
+    return machine.with_environment(WSL_DISTRO_NAME="Ubuntu-22.04").with_torch("2.6.0", "12.4")
+
+
+def found(machine: Machine, *topics: str) -> dict[str, Finding]:
+    return {finding.id: finding for finding in diagnose(machine, topics or TOPICS)}
+
+
+def troubles(machine: Machine, *topics: str) -> dict[str, Finding]:
+    return {name: finding for name, finding in found(machine, *topics).items() if finding.level != "ok"}
+
+
+def only(machine: Machine, *topics: str) -> Finding:
+    """The one finding that is not ok, which must be complete."""
+    trouble = troubles(machine, *topics)
+    assert len(trouble) == 1, list(trouble)
+    finding = next(iter(trouble.values()))
+    assert all((finding.title, finding.seen, finding.why, finding.cure)), finding
+    return finding
+
+
+# --- machines without troubles
+
+
+@pytest.mark.parametrize("kind", ["linux", "wsl"])
+def test_good_machine_has_no_trouble(kind: str, request: pytest.FixtureRequest) -> None:
+    machine = request.getfixturevalue(kind)
+    assert troubles(machine) == {}
+    assert exit_code(diagnose(machine)) == 0
+    assert why_no_gpu(machine) == ""
+    assert explain_no_gpu(machine) == []
+
+
+def test_every_check_has_something_to_say_about_a_good_machine(linux: FakeMachine) -> None:
+    two = (H100, H100)
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
+    linux.libcuda = replace(linux.libcuda, devices=two)
+    assert set(found(linux.with_torch("2.6.0", "12.4"))) == {check.name for check in CHECKS}
+    seen = found(linux)["all-reduce"].seen
+    assert seen == "between GPUs by P2P; network [0]eth0:10.0.0.5<0>", seen
+
+
+def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
+    finding = only(no_gpu)
+    assert (finding.id, finding.level) == ("driver.no-gpu", "warning")
+    assert "--device cpu" in finding.cure
+    assert why_no_gpu(no_gpu) == "no GPU seen: this machine has no NVIDIA GPU"
+    no_gpu.with_torch("2.6.0", "12.4")
+    assert not {"torch-cuda", "torch-arch", "torch-gpu", "peer-access"} & set(found(no_gpu))
+    assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(
+        found(no_gpu)
+    )
+
+
+# --- the README's eleven cases
+
+
+def shadow(machine: FakeMachine) -> FakeMachine:
+    """A Linux driver's libcuda inside WSL stands before the one from Windows; it finds no device."""
+    machine.write(INSIDE_WSL)
+    machine.libcuda = Libcuda(True, (INSIDE_WSL,), (12, 2), 100)
+    return machine.with_torch("2.6.0", "12.4")
+
+
+def test_case_1_the_report(wsl: FakeMachine) -> None:
+    """WSL 2, RTX 4070, driver 551.78, CUDA 12.4, nvcc 11.5, 'RuntimeError: No CUDA GPUs are available'."""
+    answer = Completed(0, f"libnvidia-compute-535:amd64: {INSIDE_WSL}\n")
+    shadow(wsl).install("/usr/bin/dpkg", lambda _: answer)
+    finding = only(wsl)
+    assert (finding.id, finding.level) == ("libcuda.shadowed", "error")
+    for evidence in (INSIDE_WSL, "libnvidia-compute-535", "100", "RTX 4070", "551.78"):
+        assert evidence in finding.seen
+    assert finding.cure.splitlines()[0].startswith("LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh")
+    assert "sudo apt-get purge libnvidia-compute-535 && sudo ldconfig" in finding.cure
+    assert why_no_gpu(wsl) == (
+        "no GPU seen: a Linux NVIDIA driver inside WSL hides the one from Windows;"
+        " try: LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"
+    )
+    assert explain_failure("RuntimeError: No CUDA GPUs are available", wsl) == [finding]
+    nvcc = found(wsl)["nvcc"]
+    assert nvcc.level == "ok"
+    assert "11.5" in nvcc.title
+    assert "the driver's CUDA, 12.4" in nvcc.why
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("dpkg", "sudo mv /usr/lib/x86_64-linux-gnu/libcuda.so* /root/linux-driver/"),
+        ("rpm", "sudo dnf remove libnvidia-compute"),
+        ("nvidia-uninstall", "sudo nvidia-uninstall && sudo ldconfig"),
+        ("", "sudo mv /usr/lib/x86_64-linux-gnu/libcuda.so* /root/linux-driver/"),
+    ],
+)
+def test_case_1_other_ways_to_remove_it(wsl: FakeMachine, program: str, expected: str) -> None:
+    if program:
+        known = program != "dpkg"  # which says that it does not know the file
+        answer = Completed(0, "libnvidia-compute\n") if known else Completed(1, "dpkg-query: no path found\n")
+        shadow(wsl).install(f"/usr/bin/{program}", lambda _: answer)
+    assert expected in only(shadow(wsl)).cure
+
+
+def test_case_1_with_todays_torch_names_the_driver_too(wsl: FakeMachine) -> None:
+    """pip's torch 2.13 is built for CUDA 13: driver 551.78 would be the next wall after the shadow."""
+    shadow(wsl).with_torch("2.13.0", "13.0")
+    assert [finding.id for finding in explain_no_gpu(wsl)] == [
+        "libcuda.shadowed",
+        "torch-cuda.newer-than-driver",
+    ]
+
+
+def test_case_1_containers_in_wsl_have_their_libcuda_elsewhere(wsl: FakeMachine) -> None:
+    wsl.write("/.dockerenv")
+    mounted = "/usr/lib/x86_64-linux-gnu/libcuda.so.1.1"
+    wsl.libcuda = replace(wsl.libcuda, paths=(mounted,))
+    wsl.write(INSIDE_WSL)
+    assert troubles(wsl) == {}
+    wsl.libcuda = Libcuda(True, (mounted,), (12, 4), 100)
+    assert only(wsl.with_torch("2.6.0", "12.4")).id == "libcuda.no-device"
+
+
+def test_linux_driver_in_wsl_that_hides_nothing_yet(wsl: FakeMachine) -> None:
+    wsl.write(INSIDE_WSL)
+    assert only(wsl).id == "libcuda.linux-driver-in-wsl"
+
+
+@pytest.mark.parametrize(("cuda", "version"), [("12.4", "2.10.0"), ("13.0", "2.13.0")])
+def test_case_2_cpu_build(linux: FakeMachine, cuda: str, version: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), cuda=cuda))
+    linux.libcuda = replace(linux.libcuda, version=tuple(map(int, cuda.split("."))))
+    finding = only(linux.with_torch("2.13.0+cpu", None))
+    assert (finding.id, finding.level) == ("torch-build.cpu-only", "error")
+    assert finding.cure == f"python -m pip uninstall -y torch && python -m pip install torch=={version}"
+    assert why_no_gpu(linux).startswith("no GPU seen: torch is a CPU build; try: python -m pip")
+    assert explain_failure("AssertionError: Torch not compiled with CUDA enabled", linux) == [finding]
+
+
+def test_case_2_cpu_build_by_either_sign_of_a_gpu(linux: FakeMachine) -> None:
+    linux.with_torch("2.13.0+cpu", None).libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 999)
+    assert list(troubles(linux)) == ["libcuda.unknown", "torch-build.cpu-only"]
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 0, (H100,))
+    linux.at("/usr/bin/nvidia-smi").unlink()
+    linux.forget()
+    assert only(linux).id == "torch-build.cpu-only"
+
+
+def test_case_3_driver_older_than_torchs_cuda(linux: FakeMachine) -> None:
+    linux.distributions += (Distribution("nvidia-nccl-cu13", "2.28", "/venv/site-packages"),)
+    finding = only(linux.with_torch("2.13.0", "13.0"))
+    assert (finding.id, finding.level) == ("torch-cuda.newer-than-driver", "error")
+    assert "550.54.15" in finding.seen
+    assert "uninstall -y torch nvidia-nccl-cu13 && python -m pip install torch==2.10.0" in finding.cure
+    assert "driver 580 or newer and reboot" in finding.cure
+    text = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040)"
+    assert explain_failure(text, linux) == [finding]
+
+
+def test_case_3_minor_versions_do_not_matter(linux: FakeMachine) -> None:
+    assert troubles(linux.with_torch("2.10.0", "12.8")) == {}
+    assert "minor version" in found(linux)["torch-cuda"].seen
+
+
+def test_case_3_a_driver_for_cuda_11_needs_an_update(wsl: FakeMachine) -> None:
+    wsl.libcuda = replace(wsl.libcuda, version=(11, 6))
+    finding = only(wsl.with_torch("2.6.0", "12.4"))
+    assert finding.id == "torch-cuda.newer-than-driver"
+    assert "pip" not in finding.cure
+    assert "on Windows, never inside WSL" in finding.cure
+
+
+@pytest.mark.parametrize(
+    ("value", "finding_id", "level"),
+    [
+        ("", "visible-devices.hidden", "error"),
+        ("-1", "visible-devices.hidden", "error"),
+        ("NoDevFiles", "visible-devices.hidden", "error"),
+        ("2", "visible-devices.out-of-range", "error"),
+        ("0,7", "visible-devices.out-of-range", "warning"),
+        ("1,-1,0", "visible-devices.hidden", "warning"),
+        ("GPU-deadbeef", "visible-devices.unknown-uuid", "error"),
+        ("0,0", "visible-devices.duplicate", "error"),
+        ("all", "visible-devices.malformed", "error"),
+        ("0 1", "visible-devices.malformed", "error"),
+    ],
+)
+def test_case_4_visible_devices(linux: FakeMachine, value: str, finding_id: str, level: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
+    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
+    linux.with_torch("2.6.0", "12.4").with_environment(CUDA_VISIBLE_DEVICES=value)
+    finding = only(linux)
+    assert (finding.id, finding.level) == (finding_id, level)
+    assert f'"{value}"' in finding.seen
+    assert finding.seen.endswith("555555555555" if finding_id.endswith("uuid") else "GPUs here: 0 to 1")
+    assert finding.cure.startswith("unset CUDA_VISIBLE_DEVICES")
+    assert bool(why_no_gpu(linux)) == (level == "error")
+
+
+@pytest.mark.parametrize("value", ["0", "1,0", " 1 ", "GPU-0111", "GPU-11111111-2222-3333-4444-555555555555"])
+def test_case_4_good_values(linux: FakeMachine, value: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
+    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
+    assert troubles(linux.with_torch("2.6.0", "12.4").with_environment(CUDA_VISIBLE_DEVICES=value)) == {}
+
+
+def test_case_4_slurm_and_no_gpu(linux: FakeMachine, no_gpu: FakeMachine) -> None:
+    machine = no_gpu.with_environment(CUDA_VISIBLE_DEVICES="")
+    assert found(machine)["visible-devices"].title == 'CUDA_VISIBLE_DEVICES="", no GPU to hide'
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu()))
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 0, (H100,))
+    linux.with_environment(CUDA_VISIBLE_DEVICES="", SLURM_JOB_ID="7")
+    assert troubles(linux)["visible-devices.hidden"].cure.startswith("salloc")
+    linux.with_environment(CUDA_VISIBLE_DEVICES="5")
+    assert troubles(linux)["visible-devices.out-of-range"].cure.startswith("unset")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "arch_list", "version"),
+    [
+        ("NVIDIA GeForce RTX 5090", (12, 0), "sm_50 sm_80 sm_86 sm_90", "2.10.0"),
+        ("NVIDIA GeForce GTX 1080", (6, 1), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "2.7.1"),
+    ],
+)
+def test_case_5_no_kernel_image(
+    linux: FakeMachine, name: str, capability: tuple[int, int], arch_list: str, version: str
+) -> None:
+    linux.libcuda = replace(linux.libcuda, devices=(CudaDevice(name, capability),))
+    finding = only(linux.with_torch("2.6.0", "12.4", arch_list))
+    assert (finding.id, finding.level) == ("torch-arch.no-code", "error")
+    assert name in finding.title
+    assert finding.cure.endswith(f"install torch=={version}")
+    assert why_no_gpu(linux) == ""
+    assert explain_failure("no kernel image is available for execution on the device", linux) == [finding]
+
+
+@pytest.mark.parametrize(
+    ("mark", "engine", "cure"),
+    [
+        ("/.dockerenv", "docker", "docker run --gpus all"),
+        ("/run/.containerenv", "podman", "podman run --device nvidia.com/gpu=all"),
+        ("/.singularity.d/x", "apptainer", "apptainer exec --nv"),
+    ],
+)
+def test_case_6_container_without_gpus(no_gpu: FakeMachine, mark: str, engine: str, cure: str) -> None:
+    no_gpu.write(mark)
+    no_gpu.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15")
+    finding = only(no_gpu.with_torch("2.6.0", "12.4"))
+    assert (finding.id, finding.level) == ("driver.container", "error")
+    assert finding.cure.startswith(cure)
+    assert engine in found(no_gpu)["container"].title
+    no_gpu.at("/proc/driver/nvidia/version").unlink()
+    assert only(no_gpu).id == "driver.no-gpu", "an ordinary container on a host without a GPU"
+    no_gpu.write("/dev/nvidia3")
+    assert "driver.container" in troubles(no_gpu)
+
+
+SMI_FAILURES = {
+    "version-mismatch": "Failed to initialize NVML: Driver/library version mismatch\nNVML library: 550",
+    "not-loaded": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make",
+    "gpu-lost": "Unable to determine the device handle for GPU0000:41:00.0: GPU is lost.  Reboot the system",
+    "blocked": "Failed to initialize NVML: GPU access blocked by the operating system",
+    "permission": "Failed to initialize NVML: Insufficient Permissions",
+    "no-devices": "No devices were found",
+    "nvml-unknown": "Failed to initialize NVML: Unknown Error",
+    "fails": "Segmentation fault",
+}
+
+
+def broken_driver(machine: FakeMachine, text: str, code: int = 9) -> FakeMachine:
+    machine.install("/usr/bin/nvidia-smi", FakeSmi(failure=Completed(code, text)))
+    machine.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 100)
+    return machine.with_torch("2.6.0", "12.4")
+
+
+def test_case_7_driver_updated_without_a_reboot(linux: FakeMachine) -> None:
+    finding = only(broken_driver(linux, SMI_FAILURES["version-mismatch"], 18))
+    assert (finding.id, finding.level, finding.cure) == ("driver.version-mismatch", "error", "sudo reboot")
+    assert why_no_gpu(linux).endswith("try: sudo reboot")
+
+
+@pytest.mark.parametrize("cause", SMI_FAILURES)
+def test_nvidia_smi_failures(linux: FakeMachine, cause: str) -> None:
+    finding = only(broken_driver(linux, SMI_FAILURES[cause]))
+    assert (finding.id, finding.level) == (f"driver.{cause}", "error")
+    assert SMI_FAILURES[cause].splitlines()[0] in finding.seen
+    linux.write("/.dockerenv")
+    assert finding.cure in only(linux).cure
+    assert "on the host" in only(linux).cure
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "finding_id", "level"),
+    [
+        ("transformers", "5.0.0", "packages.wrong-version", "error"),
+        ("transformers", "4.39.0", "packages.wrong-version", "error"),
+        ("transformers", "4.57.1", "packages.untested", "warning"),
+        ("colossalai", "0.4.9", "packages.wrong-version", "error"),
+        ("numpy", "1.25.0", "packages.wrong-version", "error"),
+        ("numpy", "3.0.0", "packages.untested", "warning"),
+        ("torch", "2.14.0+cu130", "packages.untested", "warning"),
+        ("torch", "2.4.1", "packages.wrong-version", "error"),
+    ],
+)
+def test_case_8_versions(linux: FakeMachine, name: str, version: str, finding_id: str, level: str) -> None:
+    linux.distributions = tuple(
+        replace(each, version=version) if each.name == name else each for each in linux.distributions
+    )
+    finding = only(linux)
+    assert (finding.id, finding.level) == (finding_id, level)
+    assert version in finding.seen
+    assert finding.cure.startswith("bash install.sh")
+    assert explain_failure("ImportError: cannot import name 'X' from 'transformers'", linux) == [finding]
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "2.13.0+cpu", "2.13.7", "2.7.1+cu128"])
+def test_tested_versions(version: str) -> None:
+    assert packages.is_tested(version, versions.TESTED["torch"])
+
+
+def test_case_9_gpu_used_by_others(linux: FakeMachine) -> None:
+    others = (gpu(0, memory__used="70000"), gpu(1))
+    process = f"{others[0]['uuid']}, 4711, python train.py, with, commas, 69000"
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(*others, processes=[process]))
+    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
+    finding = only(linux.with_torch("2.6.0", "12.4"))
+    assert (finding.id, finding.level) == ("gpu-use.busy", "warning")
+    assert "70000 of 81559 MiB taken by python train.py, with, commas (process 4711)" in finding.seen
+    assert "ps -fp 4711" in finding.cure
+    assert "CUDA_VISIBLE_DEVICES=1" in finding.cure
+    assert explain_failure("torch.OutOfMemoryError: CUDA out of memory.", linux) == [finding]
+
+
+def test_case_9_memory_taken_by_processes_that_do_not_show(wsl: FakeMachine) -> None:
+    wsl.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(rtx_4070(memory__used="9000")))
+    assert only(wsl).id == "gpu-use.busy"
+
+
+@pytest.mark.parametrize(
+    ("mode", "finding_id", "level"),
+    [
+        ("Exclusive_Process", "compute-mode.exclusive", "warning"),
+        ("Prohibited", "compute-mode.prohibited", "error"),
+    ],
+)
+def test_case_9_compute_modes(linux: FakeMachine, mode: str, finding_id: str, level: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(compute_mode=mode)))
+    finding = only(linux)
+    assert (finding.id, finding.level) == (finding_id, level)
+    assert finding.cure == "sudo nvidia-smi -i 0 -c DEFAULT"
+    assert "compute-mode" not in found(linux)
+
+
+def test_case_10_small_shared_memory(linux: FakeMachine) -> None:
+    linux.write("/.dockerenv")
+    linux.disks["/dev/shm"] = Disk(64 << 20, 64 << 20, True)
+    finding = only(linux)
+    assert (finding.id, finding.level) == ("shm.small", "warning")
+    assert finding.cure.startswith("docker run --shm-size=8g")
+    assert explain_failure("Bus error (core dumped)", linux) == [finding]
+
+
+def test_case_10_killed_for_lack_of_memory(wsl: FakeMachine) -> None:
+    wsl.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
+    wsl.write("/proc/self/cgroup", "0::/init.scope\n")
+    wsl.write("/sys/fs/cgroup/cgroup.controllers", "memory")
+    wsl.write("/sys/fs/cgroup/init.scope/memory.events", "oom 1\noom_kill 3\noom_group_kill 0\n")
+    trouble = troubles(wsl)
+    assert list(trouble) == ["memory.little", "cgroup.oom-kills"]
+    assert "3 process" in trouble["cgroup.oom-kills"].title
+    assert all(".wslconfig" in finding.cure for finding in trouble.values())
+    assert explain_failure("exitcode: -9 (SIGKILL)", wsl) == list(trouble.values())
+
+
+def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
+    linux.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
+    assert troubles(linux) == {}
+    finding = only(linux.with_environment(NNODES="2"))
+    assert (finding.id, finding.level) == ("hostname.loopback", "error")
+    assert finding.cure.startswith("export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0")
+    assert explain_failure("Gloo connectFullMesh failed with ...", linux) == [finding]
+    assert troubles(linux.with_environment(GLOO_SOCKET_IFNAME="eth0")) == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "finding_id"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "ib0"}, "interface.unknown"),
+        ({"GLOO_SOCKET_IFNAME": "eth1,ens3"}, "interface.unknown"),
+        ({"NCCL_SOCKET_IFNAME": "docker", "NNODES": "2"}, "interface.virtual"),
+        ({"NCCL_SOCKET_IFNAME": "docker0"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "=eth0"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, ""),
+    ],
+)
+def test_case_11_interfaces(linux: FakeMachine, environment: dict[str, str], finding_id: str) -> None:
+    linux.interface_addresses["docker0"] = ["172.17.0.1"]
+    assert list(troubles(linux.with_environment(**environment))) == ([finding_id] if finding_id else [])
+
+
+def test_nvidia_smi_of_a_linux_driver_is_passed_over_in_wsl(wsl: FakeMachine) -> None:
+    failure = Completed(9, SMI_FAILURES["not-loaded"])
+    wsl.install("/usr/bin/nvidia-smi", FakeSmi(failure=failure))
+    assert troubles(wsl) == {}
+    wsl.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(failure=failure))
+    assert troubles(wsl)["driver.not-loaded"].cure.startswith("wsl.exe --update")
+
+
+# --- the rest of the table
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        (2, "out-of-memory"),
+        (46, "unavailable"),
+        (100, "no-device"),
+        (0, "no-device"),
+        (304, "system-call"),
+        (802, "fabric-manager"),
+        (803, "version-mismatch"),
+        (804, "compat"),
+        (999, "unknown"),
+        (34, "stub"),
+        (1234, "init-failed"),
+        (None, "init-failed"),
+    ],
+)
+def test_cuinit_answers(linux: FakeMachine, code: int | None, cause: str) -> None:
+    linux.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module  550.90\nGCC")
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), code, error="ended by signal 11")
+    finding = only(linux.with_torch("2.6.0", "12.4"))
+    assert (finding.id, finding.level) == (f"libcuda.{cause}", "error")
+    assert LINUX_LIBCUDA in finding.seen
+    if cause != "stub":
+        assert "Open Kernel Module  550.90" in finding.seen
+        assert ("ended by signal 11" if code is None else f"cuInit answers {code}") in finding.seen
+
+
+def test_cuinit_says_more_than_nvidia_smi(linux: FakeMachine) -> None:
+    broken_driver(linux, "Segmentation fault").libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 802)
+    assert list(troubles(linux)) == ["driver.fails", "libcuda.fabric-manager"]
+
+
+def test_stub_is_not_taken_for_a_shadow(wsl: FakeMachine) -> None:
+    wsl.libcuda = Libcuda(
+        True, ("/usr/local/cuda-12.4/targets/x86_64-linux/lib/stubs/libcuda.so",), None, 100
+    )
+    assert only(wsl.with_torch("2.6.0", "12.4")).id == "libcuda.stub"
+
+
+def test_wsl_restart_comes_first(wsl: FakeMachine) -> None:
+    wsl.libcuda = Libcuda(True, (WSL_LIBCUDA,), (12, 4), 999)
+    finding = only(wsl.with_torch("2.6.0", "12.4"))
+    assert finding.id == "libcuda.unknown"
+    assert finding.cure.startswith("wsl.exe --shutdown")
+
+
+def test_libcuda_that_hangs_or_is_not_there(linux: FakeMachine, wsl: FakeMachine) -> None:
+    linux.libcuda = Libcuda(False, error="no answer in 30 s", timed_out=True)
+    assert "libcuda.hangs" in troubles(linux, "gpu")
+
+
+def test_libcuda_is_missing(linux: FakeMachine) -> None:
+    linux.libcuda = Libcuda(False, error="libcuda.so.1: cannot open shared object file")
+    linux.with_torch("2.6.0", "12.4")
+    assert "libnvidia-compute-550" in only(linux).cure
+    assert only(linux).id == "libcuda.missing"
+    linux.write("/.dockerenv")
+    assert "NVIDIA_DRIVER_CAPABILITIES" in only(linux).cure
+
+
+def test_wsl_libcuda_is_not_on_the_loaders_path(wsl: FakeMachine) -> None:
+    wsl.libcuda = Libcuda(False, error="libcuda.so.1: cannot open shared object file")
+    finding = only(wsl.with_torch("2.6.0", "12.4"))
+    assert finding.id == "libcuda.not-found"
+    assert "/etc/ld.so.conf.d/ld.wsl.conf && sudo ldconfig" in finding.cure
+
+
+def test_wsl_1(no_gpu: FakeMachine) -> None:
+    no_gpu.write("/proc/sys/kernel/osrelease", "4.4.0-19041-Microsoft")
+    finding = troubles(no_gpu.with_environment(WSL_DISTRO_NAME="Debian"))["wsl.version-1"]
+    assert finding.cure.startswith("wsl.exe --set-version Debian 2")
+    assert why_no_gpu(no_gpu).startswith("no GPU seen: this is WSL 1")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "environment", "wsl"),
+    [
+        ("5.15.146.1-microsoft-standard-WSL2", {}, 2),
+        ("4.19.128-microsoft-standard", {}, 2),
+        ("4.4.0-19041-Microsoft", {}, 1),
+        ("4.4.0", {}, 0),  # gVisor
+        ("6.8.0-custom", {"WSL_DISTRO_NAME": "Ubuntu"}, 2),
+        ("6.8.0-45-generic", {}, 0),
+    ],
+)
+def test_wsl_by_kernel(tmp_path: Path, kernel: str, environment: dict[str, str], wsl: int) -> None:
+    machine = FakeMachine(tmp_path).with_environment(**environment)
+    machine.write("/proc/sys/kernel/osrelease", f"{kernel}\n")
+    machine.write("/dev/dxg")
+    assert machine.wsl == wsl
+
+
+def test_wsl_without_its_device_node(wsl: FakeMachine) -> None:
+    wsl.at("/dev/dxg").unlink()
+    assert (only(wsl).id, only(wsl).level) == ("device-nodes.no-dxg", "error")
+    wsl.write("/dev/dxg")
+    wsl.locked["/dev/dxg"] = os.strerror(errno.EACCES)
+    assert only(wsl).id == "device-nodes.permission"
+
+
+def test_wsl_on_a_windows_without_nvidia(wsl: FakeMachine) -> None:
+    shutil.rmtree(wsl.at("/usr/lib/wsl"))
+    wsl.libcuda = Libcuda(False, error="libcuda.so.1: cannot open shared object file")
+    finding = only(wsl.with_torch("2.6.0", "12.4"))
+    assert (finding.id, finding.level) == ("driver.no-gpu", "warning")
+    assert "wsl.exe --update" in finding.cure
+    wsl.at("/dev/dxg").unlink()
+    assert troubles(wsl)["device-nodes.no-dxg"].level == "warning"
+
+
+def test_gpu_without_a_driver(no_gpu: FakeMachine) -> None:
+    no_gpu.write("/sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de\n")
+    no_gpu.write("/sys/bus/pci/devices/0000:01:00.0/class", "0x030000\n")
+    no_gpu.write("/proc/modules", "nouveau 2396160 4 - Live 0x0\n")
+    finding = only(no_gpu)
+    assert (finding.id, finding.level) == ("driver.not-installed", "error")
+    assert "nouveau" in finding.seen
+
+
+def test_nvidia_sound_cards_and_other_vendors_are_no_gpus(no_gpu: FakeMachine) -> None:
+    for number, vendor, kind in ((1, "0x10de", "0x040300"), (2, "0x8086", "0x030000")):
+        no_gpu.write(f"/sys/bus/pci/devices/0000:0{number}:00.0/vendor", f"{vendor}\n")
+        no_gpu.write(f"/sys/bus/pci/devices/0000:0{number}:00.0/class", f"{kind}\n")
+    assert only(no_gpu).id == "driver.no-gpu"
+
+
+def test_slim_container_with_a_working_libcuda(linux: FakeMachine) -> None:
+    linux.at("/usr/bin/nvidia-smi").unlink()
+    assert troubles(linux) == {}
+    assert "none needed" in found(linux)["driver"].title
+    finding = only(linux.with_environment(CUDA_VISIBLE_DEVICES="3"))
+    assert finding.id == "visible-devices.out-of-range"
+    assert finding.seen.endswith("GPUs here: 0")
+
+
+def test_nvidia_smi_hangs(linux: FakeMachine) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(failure=Completed(None, timed_out=True)))
+    assert only(linux).id == "driver.hangs"
+
+
+def test_device_nodes(linux: FakeMachine) -> None:
+    assert found(linux)["device-nodes"].seen == "/dev/nvidia0, /dev/nvidiactl, /dev/nvidia-uvm"
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 100)
+    linux.with_torch("2.6.0", "12.4").locked["/dev/nvidia0"] = os.strerror(errno.EACCES)
+    assert [finding.id for finding in explain_no_gpu(linux)][:1] == ["device-nodes.permission"]
+    assert "device-nodes" not in found(linux)
+    assert "usermod -aG video $USER" in explain_no_gpu(linux)[0].cure
+    linux.locked.clear()
+    linux.at("/dev/nvidia-uvm").unlink()
+    assert explain_no_gpu(linux)[0].id == "device-nodes.missing"
+    assert "nvidia-modprobe" in explain_no_gpu(linux)[0].cure
+    assert "device-nodes" not in found(linux)
+    linux.write("/.dockerenv")
+    assert explain_no_gpu(linux)[0].cure.startswith("docker run --gpus all")
+    linux.write("/dev/nvidia-uvm")
+    assert found(linux)["device-nodes"].level == "ok"
+    assert explain_no_gpu(linux)[0].id == "libcuda.no-device"
+
+
+def test_mig(linux: FakeMachine) -> None:
+    split = gpu(mig__mode__current="Enabled", mig__mode__pending="Enabled")
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(split))
+    assert (only(linux).id, only(linux).level) == ("mig.no-instances", "error")
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(split, mig=["MIG-aaa", "MIG-bbb"]))
+    assert (only(linux).id, only(linux).level) == ("mig.enabled", "warning")
+    assert "CUDA_VISIBLE_DEVICES=MIG-aaa" in only(linux).cure
+    linux.with_environment(CUDA_VISIBLE_DEVICES="MIG-ccc")
+    assert "visible-devices.unknown-uuid" in troubles(linux)
+    linux.with_environment(CUDA_VISIBLE_DEVICES="MIG-bbb")
+    assert only(linux).id == "mig.enabled"
+
+
+def test_mig_waits_for_a_reset(linux: FakeMachine) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(mig__mode__pending="Enabled")))
+    assert only(linux).id == "mig.pending"
+
+
+def test_torch_is_missing_or_for_amd_or_broken(linux: FakeMachine) -> None:
+    linux.torch_files = TorchFiles()
+    assert only(linux).id == "torch-build.missing"
+    linux.torch_files = TorchFiles("2.6.0+rocm6.2", None, "6.2", "/venv/torch")
+    assert only(linux).id == "torch-build.rocm"
+    linux.with_torch("2.6.0", "12.4").with_environment(LD_LIBRARY_PATH="/usr/local/cuda-11.5/lib64:/opt/x")
+    assert only(linux).id == "library-path.toolkit"
+    linux.torch = TorchImport(False, error="ImportError: undefined symbol: ncclCommRegister")
+    assert list(troubles(linux)) == ["library-path.toolkit", "torch-import.fails"]
+    assert troubles(linux)["torch-import.fails"].cure.startswith("env -u LD_LIBRARY_PATH")
+
+
+def test_torch_disagrees_with_libcuda(linux: FakeMachine) -> None:
+    linux.torch = replace(linux.torch, devices=(), error="RuntimeError: CUDA unknown error")
+    assert only(linux).id == "torch-gpu.none"
+    assert "CUDA unknown error" in only(linux).seen
+
+
+def test_torch_without_distributed(linux: FakeMachine) -> None:
+    linux.torch = replace(linux.torch, distributed=False)
+    assert only(linux).id == "all-reduce.no-distributed"
+
+
+def test_old_gpu_has_no_bf16(linux: FakeMachine) -> None:
+    linux.libcuda = replace(linux.libcuda, devices=(CudaDevice("NVIDIA GeForce RTX 2080", (7, 5)),))
+    finding = only(linux.with_torch("2.6.0", "12.4", "sm_75 sm_80"))
+    assert finding.id == "torch-arch.no-bf16"
+    assert finding.cure == "bash run_gemini.sh --precision fp16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list", "fits"),
+    [
+        ((8, 9), "sm_80 sm_86 sm_90", True),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_80", False),
+        ((12, 0), "sm_90 compute_90", True),
+        ((12, 0), "sm_100 sm_120", True),
+        ((10, 0), "sm_90a", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 3), "sm_100", True),
+        ((6, 1), "sm_60", True),
+        ((6, 1), "compute_70", False),
+    ],
+)
+def test_binary_compatibility(capability: tuple[int, int], arch_list: str, fits: bool) -> None:
+    assert torch_build.has_code_for(capability, arch_list.split()) == fits
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("0x0000000000000000", False),
+        ("0x0000000000000005", False),  # idle, power cap
+        ("0x0000000000000008", True),
+        ("0x0000000000000020", True),
+        ("0x0000000000000041", True),
+        ("0x0000000000000080", True),
+        ("[N/A]", False),
+    ],
+)
+def test_clocks(linux: FakeMachine, mask: str, expected: bool) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(clocks_event_reasons__active=mask)))
+    assert list(troubles(linux)) == (["clocks.throttled"] if expected else [])
+
+
+@pytest.mark.parametrize(("count", "expected"), [("0", False), ("3", True), ("[N/A]", False)])
+def test_ecc(linux: FakeMachine, count: str, expected: bool) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(ecc__errors__uncorrected__volatile__total=count)))
+    assert list(troubles(linux)) == (["ecc.uncorrected"] if expected else [])
+
+
+def test_peer_access(linux: FakeMachine) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
+    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
+    linux.with_torch("2.6.0", "12.4")
+    linux.torch = replace(linux.torch, peer_access=((True, False), (False, True)))
+    assert only(linux).id == "peer-access.no-peer-access"
+    assert "0-1" in only(linux).seen
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_all_reduce_fails_or_hangs(linux: FakeMachine, backend: str) -> None:
+    log = "host:1:1 [0] misc/socket.cc:50 NCCL WARN Connect to 10.0.0.9 failed : No route to host"
+    linux.reductions[backend] = AllReduce(False, log=log, error="rank 0: RuntimeError")
+    assert (only(linux).id, only(linux).level) == (f"all-reduce.{backend}-fails", "error")
+    assert "No route to host" in only(linux).seen
+    linux.reductions[backend] = AllReduce(False, error="no sum within 90 s", timed_out=True)
+    assert only(linux).id == f"all-reduce.{backend}-hangs"
+
+
+def test_hostname_without_an_address(linux: FakeMachine) -> None:
+    linux.hostname_answer = {"hostname": "box", "error": "Name or service not known"}
+    assert (only(linux).id, only(linux).level) == ("hostname.unresolved", "warning")
+    assert only(linux.with_environment(NNODES="1:4")).level == "error"
+
+
+def test_two_torches(linux: FakeMachine) -> None:
+    linux.with_environment(PYTHONPATH="/opt/other")
+    linux.distributions = (Distribution("torch", "2.1.0", "/opt/other"), *linux.distributions)
+    trouble = troubles(linux)
+    assert list(trouble) == ["packages.wrong-version", "duplicates.twice"]
+    assert trouble["duplicates.twice"].level == "error"
+    assert (
+        "2.1.0 in /opt/other; 2.6.0 in /venv/site-packages; PYTHONPATH=" in trouble["duplicates.twice"].seen
+    )
+    linux.distributions = (Distribution("numpy", "2.0.0", "/opt/other"), *linux.distributions[1:])
+    assert (only(linux).id, only(linux).level) == ("duplicates.twice", "warning")
+
+
+def test_libraries_of_two_cudas(linux: FakeMachine) -> None:
+    for name, version in (
+        ("nvidia-nccl-cu12", "2.27"),
+        ("nvidia-nccl-cu13", "2.28"),
+        ("nvidia-cudnn-cu12", "9"),
+    ):
+        linux.distributions += (Distribution(name, version, "/venv/site-packages"),)
+    finding = only(linux)
+    assert finding.id == "duplicates.cuda-libraries"
+    assert "uninstall -y nvidia-nccl-cu13\n" in finding.cure
+    assert finding.cure.endswith("--force-reinstall --no-deps nvidia-nccl-cu12==2.27")
+
+
+def test_missing_packages_and_untested_python(linux: FakeMachine) -> None:
+    linux.distributions = tuple(each for each in linux.distributions if each.name != "einops")
+    assert only(linux).id == "packages.missing"
+    assert "einops" in only(linux).title
+    assert "python.untested" in troubles(linux.change(python=(3, 13, 0)))
+
+
+def test_other_systems(linux: FakeMachine) -> None:
+    assert only(linux.change(system="Windows")).id == "system.unsupported"
+
+
+def test_control_group_of_version_2(linux: FakeMachine) -> None:
+    linux.write("/proc/self/cgroup", "0::/a/b\n")
+    linux.write("/sys/fs/cgroup/cgroup.controllers", "cpu memory pids")
+    linux.write("/sys/fs/cgroup/a/b/memory.max", "max\n")
+    linux.write("/sys/fs/cgroup/a/b/cpu.max", "50000 100000\n")
+    linux.write("/sys/fs/cgroup/a/memory.max", f"{4 * GIB}\n")
+    linux.write("/sys/fs/cgroup/a/memory.current", f"{GIB}\n")
+    linux.write("/sys/fs/cgroup/a/pids.max", "100\n")
+    group = host.control_group(linux)
+    assert group is not None
+    assert asdict(group) == {
+        "version": 2,
+        "memory_bytes": 4 * GIB,
+        "memory_used_bytes": GIB,
+        "cpus": 0.5,
+        "processes": 100,
+        "oom_kills": 0,
+    }
+    trouble = troubles(linux)
+    assert list(trouble) == ["memory.little", "cgroup.few-processes", "cpus.few"]
+    assert "3.0 GiB are left" in trouble["memory.little"].seen
+
+
+def test_control_group_of_version_1(linux: FakeMachine) -> None:
+    linux.write(
+        "/proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:pids:/docker/abc\n0::/x\n"
+    )
+    # the container sees its own group at the root of the mount, not at the host's path
+    linux.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2 * GIB}\n")
+    linux.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", f"{GIB}\n")
+    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "400000\n")
+    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    linux.write("/sys/fs/cgroup/pids/pids.max", "max\n")
+    assert host.control_group(linux) == host.ControlGroup(1, 2 * GIB, GIB, 4.0, None, 0)
+    assert only(linux).id == "memory.little"
+
+
+def test_version_1_without_limits(linux: FakeMachine) -> None:
+    linux.write("/proc/self/cgroup", "5:memory:/\n4:cpu:/\n")
+    linux.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert host.control_group(linux) == host.ControlGroup(1)
+    assert troubles(linux) == {}
+
+
+@pytest.mark.parametrize(
+    ("marks", "environment", "cure"),
+    [
+        (["/.dockerenv"], {}, "docker run --memory"),
+        ([], {"SLURM_JOB_ID": "1"}, "sbatch --mem"),
+        ([], {}, "bash run_gemini.sh --batch_size"),
+    ],
+)
+def test_more_memory(linux: FakeMachine, marks: list[str], environment: dict[str, str], cure: str) -> None:
+    linux.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 1000000 kB\n")
+    for mark in marks:
+        linux.write(mark)
+    assert only(linux.with_environment(**environment)).cure.startswith(cure)
+
+
+def test_shared_memory_that_cannot_be_used(linux: FakeMachine) -> None:
+    for broken in (None, Disk(GIB * 8, GIB * 8, False)):
+        linux.disks["/dev/shm"] = broken
+        assert (only(linux).id, only(linux).level) == ("shm.unusable", "error")
+
+
+def test_locked_memory_matters_to_infiniband_alone(linux: FakeMachine) -> None:
+    linux.limits["memlock"] = (8 << 20, None)
+    assert troubles(linux) == {}
+    linux.write("/sys/class/infiniband/mlx5_0/x")
+    assert only(linux).id == "memlock.small"
+
+
+def test_open_files(linux: FakeMachine) -> None:
+    linux.limits["nofile"] = (256, 4096)
+    assert only(linux).id == "open-files.few"
+    assert only(linux).cure == "ulimit -n 4096"
+
+
+@pytest.mark.parametrize(
+    ("path", "disk", "finding_id", "level"),
+    [
+        ("/tmp", Disk(100 * GIB, GIB, True), "disk.full", "warning"),
+        ("/home/ada/suite", Disk(100 * GIB, GIB // 8, True), "disk.full", "error"),
+        ("/tmp", Disk(100 * GIB, 50 * GIB, False), "disk.not-writable", "error"),
+        ("/home/ada/suite", None, "disk.not-writable", "error"),
+    ],
+)
+def test_disks(linux: FakeMachine, path: str, disk: Disk | None, finding_id: str, level: str) -> None:
+    linux.disks[path] = disk
+    assert (only(linux).id, only(linux).level) == (finding_id, level)
+    assert path in only(linux).title
+    assert explain_failure("OSError: [Errno 28] No space left on device", linux) == [only(linux)]
+
+
+# --- nvidia-smi's answers
+
+
+def test_older_drivers_refuse_fields(linux: FakeMachine) -> None:
+    unknown = ("clocks_event_reasons.active", "mig.mode.pending", "compute_cap")
+    fake = FakeSmi(gpu(clocks_throttle_reasons__active="0x0000000000000008"), unknown=unknown)
+    linux.install("/usr/bin/nvidia-smi", fake)
+    answer = smi.smi(linux)
+    assert answer.gpus[0].throttle_reasons == 8
+    assert (answer.gpus[0].mig_mode_pending, answer.gpus[0].capability) == (None, None)
+    assert fake.queries == 4
+    assert smi.smi(linux) is answer
+
+
+def test_a_driver_that_refuses_everything_is_an_error(linux: FakeMachine) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), unknown=["uuid"]))
+    assert "driver.fails" in troubles(linux)
+
+
+@pytest.mark.parametrize("text", ["[N/A]", "[Not Supported]", "N/A", "[Insufficient Permissions]", ""])
+def test_unknown_values(text: str) -> None:
+    assert smi.known(text) is None
+    assert smi.number(text) is None
+    assert smi.mask(text) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "driver_version", "expected"),
+    [
+        ("CUDA Version: 12.4 ", "550.54.15", (12, 4)),
+        ("CUDA UMD Version: 13.1 ", "590.10", (13, 1)),
+        ("CUDA Version: ERR!", "546.80", (12, 3)),
+        ("", "551.78", (12, 4)),
+        ("", "390.157", None),
+    ],
+)
+def test_cuda_of_the_driver(
+    linux: FakeMachine, header: str, driver_version: str, expected: tuple[int, int] | None
+) -> None:
+    query = FakeSmi(gpu(driver_version=driver_version))
+    linux.install(
+        "/usr/bin/nvidia-smi", lambda arguments: query(arguments) if arguments else Completed(0, header)
+    )
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 2), 100)
+    assert smi.driver_cuda(linux) == expected
+    linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 9), 0, (H100,))
+    assert smi.driver_cuda(linux) == (12, 9)
+
+
+# --- the frame: robustness, ids, schema, exit codes, text
+
+
+def test_a_check_that_breaks_is_a_warning(linux: FakeMachine) -> None:
+    def broken(machine: Machine) -> list[Finding]:
+        raise ZeroDivisionError("on a strange machine")
+
+    finding = run_check(Check("strange", "host", broken), linux)[0]
+    assert (finding.id, finding.level, finding.topic) == ("strange.unchecked", "warning", "host")
+    assert "ZeroDivisionError: on a strange machine" in finding.seen
+
+
+def test_checks_survive_an_empty_machine(tmp_path: Path) -> None:
+    """No file at all, no program: nothing may break, and nothing may be 'could not be checked'."""
+    machine = FakeMachine(tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    machine.libcuda, machine.torch_files, machine.distributions = Libcuda(False), TorchFiles(), ()
+    machine.torch = TorchImport(False)
+    machine.disks = dict.fromkeys(machine.disks)
+    machine.interface_addresses, machine.hostname_answer = {}, {"error": "no answer in 5 s"}
+    trouble = troubles(machine)
+    assert not [name for name in trouble if name.endswith("unchecked")]
+    assert exit_code(trouble.values()) == 1
+
+
+def test_names_of_checks_are_unique() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_unknown_topic_is_refused(linux: FakeMachine) -> None:
+    with pytest.raises(ValueError, match="no such topic: colour; there are system"):
+        diagnose(linux, ["colour"])
+
+
+def test_unknown_failures_are_not_explained(linux: FakeMachine) -> None:
+    assert explain_failure("ZeroDivisionError: division by zero", broken_driver(linux, "GPU is lost")) == []
+
+
+def test_json_schema(wsl: FakeMachine) -> None:
+    answer = json.loads(json.dumps(as_json(diagnose(shadow(wsl)))))
+    check_schema(answer)
+    assert answer["exit_code"] == 1
+    assert answer["counts"]["error"] == 1
+
+
+def check_schema(answer: dict[str, Any]) -> None:
+    assert list(answer) == ["schema", "schema_version", "exit_code", "counts", "findings"]
+    assert (answer["schema"], answer["schema_version"]) == ("gemini-doctor", SCHEMA_VERSION)
+    assert SCHEMA_VERSION == 1, "a new version: say in report.py what changed, then change this test"
+    assert list(answer["counts"]) == ["ok", "warning", "error"]
+    assert sum(answer["counts"].values()) == len(answer["findings"])
+    names = {check.name: check.topic for check in CHECKS}
+    for finding in answer["findings"]:
+        assert list(finding) == ["id", "level", "title", "seen", "why", "cure", "topic"]
+        assert all(isinstance(value, str) for value in finding.values())
+        assert finding["topic"] == names[finding["id"].split(".")[0]]
+        assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)?", finding["id"])
+        assert ("." in finding["id"]) == (finding["level"] != "ok")
+        assert finding["title"]
+        if finding["level"] != "ok":
+            assert all((finding["seen"], finding["why"], finding["cure"]))
+    levels = [finding["level"] for finding in answer["findings"]]
+    assert answer["exit_code"] == int("error" in levels)
+    assert answer["counts"] == {level: levels.count(level) for level in answer["counts"]}
+
+
+def test_text(wsl: FakeMachine) -> None:
+    findings = diagnose(shadow(wsl))
+    text = as_text(findings, width=80)
+    assert "\x1b" not in text
+    cure = "cure: LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh   # at once, without removing anything"
+    assert f"         {cure}" in text.splitlines(), "a command is one line, however narrow the terminal"
+    others = [line for line in text.splitlines() if "cure:" not in line and not line.startswith(" " * 15)]
+    assert max(map(len, others)) <= 80
+    assert "id:   libcuda.shadowed" in text
+    coloured = as_text(findings, colour=True, width=80)
+    assert coloured != text
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == text
+
+
+def test_colour_is_for_terminals() -> None:
+    main_side, other_side = pty.openpty()
+    with os.fdopen(main_side), os.fdopen(other_side, "w") as terminal, open(os.devnull, "w") as file:
+        assert wants_colour(terminal, {})
+        assert wants_colour(terminal, {"NO_COLOR": ""})
+        assert not wants_colour(terminal, {"NO_COLOR": "1"})
+        assert not wants_colour(terminal, {"TERM": "dumb"})
+        assert not wants_colour(file, {})
+
+
+def test_only_the_standard_library() -> None:
+    """At the top of no file anything else, and torch only in probes.py, which runs in child processes."""
+    for path in DOCTOR.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in (each.split(".")[0] for each in names):
+                allowed = name in sys.stdlib_module_names or name == "commons"
+                assert allowed or (name == "torch" and path.name == "probes.py"), (path.name, name)
+
+
+def test_old_pythons_can_read_the_first_files() -> None:
+    """Neither f-strings nor annotations in what Python 2.7 and 3.6 read before they are refused."""
+    for path in (REPOSITORY / "commons" / "__init__.py", DOCTOR / "__init__.py", DOCTOR / "old_python.py"):
+        text = path.read_text()
+        text.encode("ascii")
+        for node in ast.walk(ast.parse(text)):
+            assert not isinstance(node, ast.JoinedStr | ast.AnnAssign | ast.NamedExpr), path
+            if isinstance(node, ast.FunctionDef):
+                assert node.returns is None
+                assert not any(argument.annotation for argument in node.args.args)
+
+
+@pytest.mark.parametrize("name", ["python3.9", "python3.8", "python3.6", "python2.7"])
+def test_old_pythons_get_a_sentence(name: str) -> None:
+    path = shutil.which(name)
+    works = path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+    if not path or not works:
+        pytest.skip(f"no {name} here")
+    done = subprocess.run(
+        [path, "-B", "-m", "commons.doctor", "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this suite needs Python 3.10 or newer; this is Python")
+    assert "Traceback" not in done.stderr
+    assert "try: " in done.stderr
+
+
+# --- real processes on this machine
+
+HAS_TORCH = shutil.which("true") and Machine().torch_files.version is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
+needs_no_gpu = pytest.mark.skipif(bool(Machine().which("nvidia-smi")), reason="for machines without a GPU")
+
+
+def run_doctor(*arguments: str, python: Sequence[str] = (sys.executable,), **environment: str) -> Completed:
+    return run_process(
+        [*python, "-m", "commons.doctor", *arguments],
+        {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        150,
+    )
+
+
+@needs_torch
+def test_real_run() -> None:
+    """The whole doctor, with a real two-process all-reduce over gloo."""
+    done = run_doctor("--json")
+    assert done.stderr == ""
+    answer = json.loads(done.stdout)
+    check_schema(answer)
+    assert done.returncode == answer["exit_code"]
+    by_id = {finding["id"]: finding for finding in answer["findings"]}
+    assert not [name for name in by_id if name.endswith("unchecked")]
+    assert by_id["all-reduce"]["level"] == "ok"
+    assert re.fullmatch(r"2 processes summed over gloo in [\d.]+ ms", by_id["all-reduce"]["title"])
+    assert re.match(r"over \S+ \([\d.:a-f]+\)", by_id["all-reduce"]["seen"])
+    assert by_id["torch-import"]["level"] == "ok"
+
+
+def test_real_run_where_nothing_is_installed() -> None:
+    done = run_doctor("--json", python=(sys.executable, "-S", "-s"))
+    answer = json.loads(done.stdout)
+    check_schema(answer)
+    ids = {finding["id"] for finding in answer["findings"]}
+    assert {"torch-build.missing", "packages.missing"} <= ids
+    assert "all-reduce" not in ids
+    assert done.returncode == 1
+
+
+def test_text_of_a_real_run_and_wrong_flags() -> None:
+    done = run_doctor("--topic", "host")
+    assert done.returncode == 0, done.text
+    assert re.search(
+        r"^\d+ ok, \d+ warnings?, 0 errors\. Nothing here stops a training run$", done.stdout, re.M
+    )
+    assert "\x1b" not in done.stdout
+    wrong = run_doctor("--topic", "colour")
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+@needs_no_gpu
+def test_why_no_gpu_is_quick_and_leaves_torch_alone() -> None:
+    code = """
+        import sys, time
+        started = time.perf_counter()
+        from commons.doctor import why_no_gpu
+        line = why_no_gpu()
+        assert time.perf_counter() - started < 2, time.perf_counter() - started
+        assert "torch" not in sys.modules
+        print(line)
+    """
+    done = run_process([sys.executable, "-c", textwrap.dedent(code)], dict(os.environ), 30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no GPU seen: ")
+    assert done.stdout.count("\n") == 1
+
+
+@needs_torch
+def test_real_all_reduce_fails_with_the_reason() -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "nosuch0", "RANK": "7", "WORLD_SIZE": "9"}
+    result = Machine(environment=environment).all_reduce("gloo", 2, 60)
+    assert not result.worked
+    assert not result.timed_out
+    assert "nosuch0" in result.error
+
+
+@needs_torch
+def test_real_all_reduce_times_out_and_leaves_no_process() -> None:
+    started = time.monotonic()
+    result = Machine().all_reduce("gloo", 2, 0.3)
+    assert (result.worked, result.timed_out, result.error) == (False, True, "no sum within 0.3 s")
+    assert time.monotonic() - started < 10
+
+
+def test_children_that_hang_are_killed(tmp_path: Path) -> None:
+    script = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(float(sys.argv[1]))"
+    commands = [[sys.executable, "-c", script, seconds] for seconds in ("0", "600")]
+    done, hung = run_together(commands, dict(os.environ), 3, str(tmp_path))
+    assert (done.returncode, done.timed_out) == (0, False)
+    assert (hung.returncode, hung.timed_out) == (None, True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hung.stdout), 0)
+
+
+def test_a_wrong_sum_is_no_success() -> None:
+    answers = [{"sum": total, "seconds": 0.1, "addresses": []} for total in (3.0, 4.0)]
+    results = [Completed(0, json.dumps(answer)) for answer in answers]
+    assert judge_all_reduce([results[0], results[0]], 2, 1).worked
+    assert "not 3.0" in judge_all_reduce(results, 2, 1).error
+    crashed = Completed(-signal.SIGSEGV, "", "Fatal Python error")
+    assert (
+        "rank 1: ended by signal 11; Fatal Python error"
+        in judge_all_reduce([results[0], crashed], 2, 1).error
+    )
+
+
+def test_addresses_of_the_kernels_tables() -> None:
+    import socket
+
+    if sys.byteorder == "little":
+        assert probes.decode_address("0500000A", socket.AF_INET) == "10.0.0.5"
+        mapped = "0000000000000000FFFF00000500000A"
+        assert probes.decode_address(mapped, socket.AF_INET6) == "10.0.0.5"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        assert "127.0.0.1" in probes.connected_addresses()
+
+
+def test_programs_are_found_outside_path_and_must_be_executable(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path).with_environment(PATH="/opt/bin:/usr/bin")
+    machine.write("/opt/bin/nvidia-smi")
+    assert machine.which("nvidia-smi") is None
+    machine.write("/usr/lib/wsl/lib/nvidia-smi", executable=True)
+    assert machine.which("nvidia-smi") == "/usr/lib/wsl/lib/nvidia-smi"
+
+
+# A driver's library as far as the doctor asks it; INIT is what cuInit answers
+LIBCUDA_SOURCE = """
+#include <string.h>
+int cuInit(unsigned flags) { return INIT; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA Fake 1", length); return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return 0; }
+"""
+SMI_SCRIPT = """#!/bin/sh
+case "$*" in
+    *query-gpu=*clocks_event_reasons.active*)
+        echo 'Field "clocks_event_reasons.active" is not a valid field to query.'; exit 2 ;;
+    *query-gpu=*)
+        echo '0, GPU-1, NVIDIA Fake 1, 551.78, 12282, 10, 8.9, Default, Enabled, [N/A], [N/A], [N/A], 0x1' ;;
+    "") echo '| NVIDIA-SMI 550.65   Driver Version: 551.78   CUDA Version: 12.4 |' ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler to make a libcuda")
+@pytest.mark.parametrize(
+    ("init", "finding_id"), [(100, "libcuda.no-device"), (0, "libcuda"), (999, "libcuda.unknown")]
+)
+def test_real_library_and_real_nvidia_smi(tmp_path: Path, init: int, finding_id: str) -> None:
+    """The way through dlopen, /proc/self/maps and a child process, with a library made here."""
+    source = tmp_path / "libcuda.c"
+    source.write_text(LIBCUDA_SOURCE)
+    library = tmp_path / "libcuda.so.1"
+    compile_it = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-o", str(library), str(source)]
+    subprocess.run(compile_it, check=True, timeout=60)
+    (tmp_path / "nvidia-smi").write_text(SMI_SCRIPT)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    # without site-packages, since torch would be asked for its GPU
+    done = run_doctor(
+        "--json", "--topic", "gpu", python=(sys.executable, "-S"), PATH=path, LD_LIBRARY_PATH=str(tmp_path)
+    )
+    by_id = {finding["id"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert str(library) in by_id[finding_id]["seen"]
+    assert "551.78" in by_id["driver"]["title"]
+    if init == 0:
+        assert "NVIDIA Fake 1 (compute capability 8.9)" in by_id["libcuda"]["seen"]
+        assert by_id["libcuda"]["title"].endswith("12.4")
+
+
+def test_visible_devices_do_not_blind_the_probe() -> None:
+    """cuInit itself finds no device where the variable hides them: libcuda is asked without it."""
+    asked: list[Mapping[str, str]] = []
+
+    class Recorder(Machine):
+        def probe(self, *arguments: str, timeout_seconds: float, environment: Any = None) -> dict[str, Any]:
+            asked.append(environment)
+            return {"error": "x"}
+
+    assert not Recorder(environment={"CUDA_VISIBLE_DEVICES": "", "A": "b"}).libcuda.loaded
+    assert asked == [{"A": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "__version__ = '2.6.0+cu124'\ncuda: Optional[str] = '12.4'\nhip: Optional[str] = None",
+            ("2.6.0+cu124", "12.4"),
+        ),
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None", ("2.13.0+cpu", None)),
+        ("from typing import Optional\n__version__ = '2.5.1'\ncuda = '12.1'", ("2.5.1", "12.1")),
+        (None, ("unknown", None)),
+    ],
+)
+def test_torch_is_read_without_importing_it(tmp_path: Path, text: str | None, expected: tuple) -> None:
+    from commons.doctor.machine import read_torch_version
+
+    if text is not None:
+        (tmp_path / "version.py").write_text(text)
+    facts = read_torch_version(tmp_path)
+    assert (facts.version, facts.cuda) == expected
+
+
+def test_container_and_driver_helpers_agree_with_this_machine() -> None:
+    """Reading the real machine breaks nothing."""
+    machine = Machine()
+    assert machine.wsl in (0, 1, 2)
+    assert isinstance(driver.nvidia_hardware(machine), list)
+    assert machine.limit("nofile")[0] != 0
+    assert machine.disk("/no/such/place") is None
+    assert "127.0.0.1" in machine.interface_addresses.get("lo", ["127.0.0.1"])

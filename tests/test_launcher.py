@@ -1,0 +1,556 @@
+"""The launcher with real processes: a few lines stand in for the training script, torchrun's is real."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from commons import cli, launcher, nodes
+from commons.console_copy import LineCleaner, LogFile
+from commons.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
+from commons.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCH = (
+    "import sys; from pathlib import Path; from commons.launcher import main;"
+    " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
+)
+RUN_NAME = r"CAI_Gemini-gpt2_tiny-2x1x1-bf16-\d{8}-\d{6}"
+
+# What every stand-in begins with. torch is imported only by those that need its error files: it takes
+# seconds.
+PRELUDE = """
+import json, os, signal, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+def leave_note(**note):
+    Path(f"note-{rank}.json.new").write_text(json.dumps({"pid": os.getpid(), **note}))
+    os.rename(f"note-{rank}.json.new", f"note-{rank}.json")
+def recorded(function):
+    from torch.distributed.elastic.multiprocessing.errors import record
+    record(function)()
+"""
+
+
+class Launched:
+    """A launcher at work in ``folder`` on a script made of PRELUDE and ``body``."""
+
+    def __init__(self, folder: Path, body: str, *flags: str, **variables: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tmp").mkdir()
+        script = folder / "training.py"
+        script.write_text(PRELUDE + body)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(script), *flags],
+            cwd=folder,
+            env=environment(TMPDIR=str(folder / "tmp"), **variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell that runs the tests in the background makes its children ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def wait(self, timeout: float = 60) -> Launched:
+        self.stdout, self.stderr = self.process.communicate(timeout=timeout)
+        self.code = self.process.returncode
+        return self
+
+    def note(self, rank: int, timeout: float = 40) -> dict[str, Any]:
+        """What ``rank`` left; waits for it."""
+        path, deadline = self.folder / f"note-{rank}.json", time.monotonic() + timeout
+        while not path.exists():
+            assert self.process.poll() is None, "the launcher ended before the rank said anything"
+            assert time.monotonic() < deadline, "the rank never started"
+            time.sleep(0.05)
+        return json.loads(path.read_text())
+
+    def run_dir(self) -> Path:
+        (found,) = (self.folder / "gemini_logs").iterdir()
+        return found
+
+
+def environment(**variables: str) -> dict[str, str]:
+    ours = {*FLAG_VARIABLES, *JOB_VARIABLES, "OMP_NUM_THREADS", "LOGLEVEL", "RANK", "WORLD_SIZE"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **variables}
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_alive, pids))
+
+
+# ---- runs that end by themselves
+
+
+def test_a_run_from_start_to_end(tmp_path: Path) -> None:
+    body = (
+        "leave_note(argv=sys.argv[1:], threads=os.environ['OMP_NUM_THREADS'],"
+        " world=os.environ['WORLD_SIZE'])\nprint(f'out of rank {rank}\\n', end=''); print(f'err of rank"
+        " {rank}\\n', end='', file=sys.stderr)"
+    )
+    run = Launched(
+        tmp_path, body, "--lr=0.5", "--quiet", TRAIN_STEP="7", SEQ_LEN="", USE_SHARD_INIT="True"
+    ).wait()
+    assert run.code == 0, run.stderr
+    assert re.fullmatch(RUN_NAME, run.run_dir().name)
+    assert sorted(run.stdout.splitlines()) == ["out of rank 0", "out of rank 1"]
+    warning, no_gpu, *rest = run.stderr.splitlines()
+    assert "USE_SHARD_INIT has no meaning any more" in warning
+    assert re.match(r"No GPU seen.*\. Training gpt2_tiny on 2 CPU ranks with gloo", no_gpu)
+    assert "Troubleshooting" in no_gpu
+    assert sorted(rest) == ["err of rank 0", "err of rank 1"]
+    kept = (run.run_dir() / "console.log").read_text().splitlines()
+    assert sorted(kept) == sorted(run.stdout.splitlines() + run.stderr.splitlines())
+    notes = [read_note(run, rank) for rank in (0, 1)]
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for note in notes:
+        expected = [
+            "--train_step=7",
+            "--lr=0.5",
+            "--quiet=True",
+            "--device=cpu",
+            f"--run_name={run.run_dir().name}",
+        ]
+        assert note["argv"] == expected
+        assert (note["world"], note["threads"]) == ("2", str(threads))
+    assert list((tmp_path / "tmp").iterdir()) == []  # torchrun's engine leaves its folders behind
+
+
+def read_note(run: Launched, rank: int) -> dict[str, Any]:
+    return json.loads((run.folder / f"note-{rank}.json").read_text())
+
+
+def test_the_first_failing_rank_s_error_is_last_on_the_screen(tmp_path: Path) -> None:
+    # rank 0 fails for want of rank 1, and ends before it does
+    body = """
+def main():
+    if rank == 1:
+        import atexit
+        atexit.register(time.sleep, 2)
+        raise ValueError("the cause")
+    while not list(Path("tmp").glob("*/*/*/1/error.json")):
+        time.sleep(0.05)
+    time.sleep(0.1)
+    raise RuntimeError("connection closed by peer")
+recorded(main)
+"""
+    run = Launched(tmp_path, body).wait()
+    assert run.code == 1
+    assert run.stderr.splitlines()[-1] == "ValueError: the cause"
+    final = run.stderr.split("Rank 1 of 2 failed:")[1]
+    assert "Traceback" in final
+    assert "connection closed" not in final
+    assert "ChildFailedError" not in run.stderr
+    assert "torch.distributed.elastic.multiprocessing.api" not in run.stderr
+    assert (run.run_dir() / "console.log").read_text().splitlines()[-1] == "ValueError: the cause"
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    body = """
+leave_note()
+while not Path("note-0.json").exists():
+    time.sleep(0.05)
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+    run = Launched(tmp_path, body).wait(timeout=40)
+    assert run.code == 1
+    assert run.stderr.splitlines()[-1].startswith("Rank 1 of 2 failed (killed by SIGKILL, often because")
+    assert not is_alive(read_note(run, 0)["pid"])
+
+
+def test_ranks_that_will_not_end_are_killed_and_not_blamed(tmp_path: Path) -> None:
+    body = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_note()
+    time.sleep(60)
+def main():
+    while not Path("note-0.json").exists():
+        time.sleep(0.05)
+    raise ValueError("the cause")
+recorded(main)
+"""
+    run = Launched(tmp_path, body).wait(timeout=40)
+    assert run.code == 1
+    assert "Rank 1 of 2 failed" in run.stderr
+    assert run.stderr.splitlines()[-1] == "ValueError: the cause"
+    assert not is_alive(read_note(run, 0)["pid"])
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_the_training_s_exit_code_is_passed_on(tmp_path: Path, code: int) -> None:
+    body = f"time.sleep(rank); print('told', file=sys.stderr); sys.exit({code})"
+    run = Launched(tmp_path, body).wait()
+    assert run.code == code
+    last = run.stderr.splitlines()[-1]
+    # settings found wrong only by the ranks have been explained by rank 0: nothing to add
+    assert last == ("told" if code == 2 else "Rank 0 of 2 failed (exit code 3).")
+
+
+# ---- runs that are ended
+
+WAIT = """
+def ended(signum, frame):
+    Path(f"ended-{rank}").write_text(str(signum))
+    sys.exit(0)
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, ended)
+leave_note()
+while True:
+    time.sleep(1)
+"""
+STUBBORN = """
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)
+leave_note()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "body"), [(signal.SIGINT, WAIT), (signal.SIGTERM, WAIT), (signal.SIGTERM, STUBBORN)]
+)
+def test_a_signal_ends_the_ranks_too(tmp_path: Path, signum: signal.Signals, body: str) -> None:
+    run = Launched(tmp_path, body)
+    pids = [run.note(rank)["pid"] for rank in (0, 1)]
+    start = time.monotonic()
+    run.process.send_signal(signum)
+    run.wait(timeout=30)
+    assert time.monotonic() - start < 10
+    assert run.code == 128 + signum
+    assert not any(map(is_alive, pids))
+    assert run.stderr.splitlines()[-1] == f"Stopped by {signum.name}."
+    assert "Traceback" not in run.stderr
+    if body == WAIT:
+        assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
+
+
+def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
+    run = Launched(tmp_path, STUBBORN)
+    pids = [run.note(rank)["pid"] for rank in (0, 1)]
+    run.process.kill()
+    run.wait()
+    assert wait_until_gone(pids, seconds=5)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert signal.SIGHUP not in launcher._signals_to_handle()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in launcher._signals_to_handle()
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+# ---- the console
+
+
+def test_ranks_see_a_terminal_where_there_is_one(tmp_path: Path) -> None:
+    body = """
+if rank == 0:
+    print("terminal:", sys.stdout.isatty(), sys.stderr.isatty(), os.get_terminal_size().columns)
+    for step in range(3):
+        print(f"\\r\\x1b[2Kstep {step}", end="", flush=True)
+        time.sleep(0.05)
+    print("\\n\\x1b[1mdone\\x1b[0m")
+"""
+    (tmp_path / "training.py").write_text(PRELUDE + body)
+    master, slave = pty.openpty()
+    os.set_inheritable(slave, True)
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 77, 0, 0))
+    command = [sys.executable, "-c", LAUNCH, str(tmp_path / "training.py")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdin=slave, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    shown = read_all(master)
+    assert process.wait(timeout=30) == 0, shown
+    assert b"terminal: True True 77\r\n" in shown
+    assert b"\r\x1b[2Kstep 0\r\x1b[2Kstep 1\r\x1b[2Kstep 2\r\n" in shown
+    (run_dir,) = (tmp_path / "gemini_logs").iterdir()
+    kept = (run_dir / "console.log").read_text().splitlines()
+    assert kept[-3:] == ["terminal: True True 77", "step 2", "done"]
+
+
+def read_all(terminal: int) -> bytes:
+    data = b""
+    while True:
+        try:
+            data += os.read(terminal, 65536)
+        except OSError:
+            return data
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_lines_are_cleaned_whatever_pieces_they_come_in(size: int) -> None:
+    redrawn = b"a\n\r\x1b[2K10%\r\x1b[2K20%\r\x1b[2Kline\n"
+    coloured = b"bar\x1b[?25l\r\x1b[31mred\x1b[0m\r\n\n\x1b[2K\n\x1b]0;title\x07end"
+    stream = redrawn + coloured
+    cleaner = LineCleaner()
+    pieces = [cleaner.feed(stream[i : i + size]) for i in range(0, len(stream), size)]
+    assert b"".join(pieces) + cleaner.finish() == b"a\nline\nred\n\nend\n"
+
+
+def test_a_full_disk_does_not_stop_the_copying() -> None:
+    log = LogFile(Path("/dev/full"))
+    log.write(b"lost\n")
+    log.write(b"lost too\n")
+    assert log.error is not None
+    log.close()
+
+
+# ---- settings
+
+
+def launch_from(
+    monkeypatch: pytest.MonkeyPatch, *argv: str, gpus: Any = 0, **environ: str
+) -> tuple[launcher.Launch, str]:
+    def find_devices(wanted: str) -> tuple[str, int]:
+        return ("cuda" if wanted == "cuda" or (wanted == "auto" and gpus) else "cpu"), gpus
+
+    monkeypatch.setattr(cli, "find_devices", find_devices)
+    monkeypatch.setattr(launcher, "find_devices", find_devices)
+    launch, found = read_launch(argv, environ)
+    return launch, "\n".join(found)
+
+
+def test_every_variable_is_a_flag_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "DISTPLAN": "CAI_ZeRO1",
+        "MODEL_TYPE": "gpt2_small",
+        "BATCH_SIZE": "3",
+        "TRAIN_STEP": "9",
+        "TPDEGREE": "1",
+        "PPDEGREE": "1",
+        "PLACEMENT": "static",
+        "SEQ_LEN": "32",
+        "PRECISION": "fp16",
+    }
+    assert set(values) == set(FLAG_VARIABLES)
+    launch, found = launch_from(monkeypatch, **values)
+    assert found == ""
+    assert {v: str(getattr(launch.config, name)) for v, name in FLAG_VARIABLES.items()} == values
+    launch, _ = launch_from(monkeypatch, "--batch-size", "5", **values)
+    assert launch.config.batch_size == 5
+
+
+def test_every_variable_is_in_the_help(capsys: pytest.CaptureFixture) -> None:
+    assert launcher.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(variable in text for variable in [*FLAG_VARIABLES, *JOB_VARIABLES])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environ", "device", "ranks"),
+    [
+        (0, {}, "cpu", 2),
+        (0, {"GPUNUM": "1"}, "cpu", 1),
+        (0, {"GPUNUM": "4"}, "cpu", 4),
+        (1, {}, "cuda", 1),
+        (4, {}, "cuda", 1),
+        (4, {"GPUNUM": "4"}, "cuda", 4),
+    ],
+)
+def test_how_many_ranks(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, environ: dict[str, str], device: str, ranks: int
+) -> None:
+    launch, found = launch_from(monkeypatch, gpus=gpus, **environ)
+    assert (found, launch.config.device, launch.nodes) == ("", device, Nodes(ranks))
+    assert launch.config.model_type == {"cpu": "gpt2_tiny", "cuda": "gpt2_medium"}[device]
+    assert bool(launch.notices) == (device == "cpu")
+
+
+def test_as_many_ranks_as_the_degrees_need() -> None:
+    assert launcher.read_nodes({}, 4, "cuda") == (Nodes(4), [])
+    assert launcher.read_nodes({}, 4, "cpu") == (Nodes(4), [])
+    two = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "here"}
+    assert launcher.read_nodes(two, 4, "cpu") == (Nodes(2, 2, 1, "here", nodes.DEFAULT_PORT), [])
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"BATCH_SIZE": "many"}, "BATCH_SIZE must be a whole number, got 'many': try BATCH_SIZE"),
+        ({"BATCH_SIZE": "0"}, "got 0: try --batch_size 4 [BATCH_SIZE=0 in the environment]"),
+        ({"PLACEMENT": "gpu"}, "PLACEMENT 'gpu' does not exist"),
+        ({"DISTPLAN": "CAI_Gemni"}, "did you mean CAI_Gemini"),
+        ({"GPUNUM": "0"}, "GPUNUM must be a whole number from 1"),
+        ({"GPUNUM": "two"}, "GPUNUM must be a whole number from 1"),
+        ({"GPUNUM": "3", "gpus": "2"}, "3 ranks on this machine, but 2 visible GPUs: use GPUNUM=2"),
+        ({"NNODES": "-1"}, "NNODES must be"),
+        ({"NNODES": "2"}, "NODE_RANK is needed with NNODES=2"),
+        ({"NNODES": "2"}, "MASTER_ADDR is needed with NNODES=2"),
+        (
+            {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"},
+            "NODE_RANK must be a whole number from 0 to 1",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
+            "MASTER_PORT must be",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_variables_are_named(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str
+) -> None:
+    gpus = int(environ.pop("gpus", "0"))
+    assert message in launch_from(monkeypatch, gpus=gpus, **environ)[1]
+
+
+def test_wrong_settings_start_and_make_nothing(tmp_path: Path) -> None:
+    run = Launched(
+        tmp_path, "leave_note()", "--lr=nan", "--train_step=0", BATCH_SIZE="ten", GPUNUM="0"
+    ).wait()
+    assert (run.code, run.stdout) == (2, "")
+    assert run.stderr.startswith("4 problems with the settings, nothing was started:")
+    assert "Traceback" not in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tmp", "training.py"]
+
+
+# ---- which rank failed first
+
+
+@pytest.fixture
+def failure(tmp_path: Path) -> Any:
+    def make(exitcode: int, seconds: float, recorded: bool = False) -> Any:
+        """A ProcessFailure seen ``seconds`` after the first one."""
+        path = tmp_path / f"error-{time.monotonic_ns()}.json"
+        if recorded:
+            path.touch()
+            os.utime(path, (1000 + seconds, 1000 + seconds))
+        return SimpleNamespace(exitcode=exitcode, timestamp=int(1000 + seconds), error_file=str(path))
+
+    return make
+
+
+def test_root_cause_by_error_files_within_a_second(failure: Any) -> None:
+    assert root_cause({0: failure(1, 0.5, recorded=True), 1: failure(1, 0.4, recorded=True)})[0] == 1
+
+
+def test_root_cause_is_the_killed_rank_not_its_peers_errors(failure: Any) -> None:
+    killed, peer = failure(-signal.SIGKILL, 0.2), failure(1, 0.1, recorded=True)
+    assert root_cause({1: killed, 0: peer})[0] == 1
+    assert root_cause({0: peer, 1: killed})[0] == 1
+    terminated = failure(-signal.SIGTERM, 0.2)
+    assert root_cause({1: terminated, 0: peer})[0] == 1
+
+
+def test_root_cause_is_not_a_rank_that_the_engine_ended(failure: Any) -> None:
+    cause = failure(1, 0, recorded=True)
+    assert root_cause({1: cause, 0: failure(-signal.SIGTERM, 0)})[0] == 1
+    assert root_cause({1: cause, 0: failure(-signal.SIGKILL, launcher.SHUTDOWN_SECONDS)})[0] == 1
+    assert root_cause({1: cause, 0: failure(-signal.SIGABRT, 0)})[0] == 1
+
+
+# ---- several machines, which are several launchers here
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def two_nodes(folder: Path, body: str, *flags: str, second: dict[str, str] | None = None) -> list[Launched]:
+    common = {"NNODES": "2", "GPUNUM": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        Launched(folder / str(k), body, *flags, NODE_RANK=str(k), **(common | (second or {} if k else {})))
+        for k in range(2)
+    ]
+
+
+def test_two_nodes_are_one_run(tmp_path: Path) -> None:
+    body = "leave_note(world=os.environ['WORLD_SIZE'])\nprint('rank', rank)"
+    first, second = (run.wait() for run in two_nodes(tmp_path, body))
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert first.run_dir().name == second.run_dir().name
+    assert (first.run_dir() / "console.log").read_text().splitlines()[-1] == "rank 0"
+    assert (second.run_dir() / "console-node1.log").read_text().splitlines()[-1] == "rank 1"
+    assert (read_note(first, 0)["world"], read_note(second, 1)["world"]) == ("2", "2")
+
+
+def test_nodes_that_differ_refuse_and_name_both(tmp_path: Path) -> None:
+    for run in two_nodes(tmp_path, "leave_note()", second={"BATCH_SIZE": "2"}):
+        run.wait()
+        assert run.code == 2
+        assert "--batch_size is 2 on node 1, 4 on node 0: make them the same" in run.stderr
+        assert not (run.folder / "gemini_logs").exists()
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    yield open_store(Nodes(1), 5)
+
+
+def test_cards_are_compared(store: Any) -> None:
+    pair = [Nodes(1, count=2, rank=rank) for rank in range(2)]
+    errors: list[Exception | dict] = []
+
+    def node_1() -> None:
+        try:
+            errors.append(agree(store, pair[1], {"the version of torch": "2.12", "_run_name": "b"}, 10))
+        except MeetingError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=node_1)
+    thread.start()
+    with pytest.raises(NodesDiffer, match=r"the version of torch is 2\.12 on node 1, 2\.13 on node 0"):
+        agree(store, pair[0], {"the version of torch": "2.13", "_run_name": "a"}, 10)
+    thread.join()
+    assert isinstance(errors[0], NodesDiffer)
+
+
+def test_a_missing_node_is_named(store: Any) -> None:
+    with pytest.raises(MeetingError, match=r"node 1, 2 did not come within 0\.5 s"):
+        agree(store, Nodes(1, count=3), {}, 0.5)
+
+
+def test_a_wrong_address_and_a_taken_port_are_told() -> None:
+    port = int(free_port())
+    with pytest.raises(
+        MeetingError, match=rf"node 1 could not reach node 0 at 127\.0\.0\.1:{port} within 0\.5 s"
+    ):
+        open_store(Nodes(1, 2, 1, "127.0.0.1", port), 0.5)
+    with pytest.raises(MeetingError, match="is no address that node 1 can look up"):
+        open_store(Nodes(1, 2, 1, "no-such-host.invalid", port), 0.5)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", port))
+        taken.listen()
+        with pytest.raises(MeetingError, match=f"MASTER_PORT {port} cannot be used on node 0"):
+            open_store(Nodes(1, 2, 0, "127.0.0.1", port), 0.5)
