@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -463,16 +464,19 @@ def _is_restart() -> bool:
 
 
 def _folder_problem(folder: Path) -> Iterator[str]:
-    """Whether ``folder`` could be made and written, found out without making anything."""
+    """Whether ``folder`` could be made and written to. Only trying tells; what is tried leaves no trace."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
         yield f"--log_dir {folder}: {existing} is a file, not a folder: choose another --log_dir"
-    elif not os.access(existing, os.W_OK | os.X_OK):
+        return
+    try:
+        tempfile.TemporaryDirectory(prefix=".write_test_", dir=existing).cleanup()
+    except OSError as error:
         yield (
-            f"--log_dir {folder}: {existing} cannot be written to by this user: choose another --log_dir, or"
-            " chmod u+w it"
+            f"--log_dir {folder}: nothing can be written in {existing} ({error.strerror}): choose another"
+            " --log_dir, or make that one writable"
         )
 
 

@@ -1,7 +1,9 @@
-"""torch.compile for every plan: one graph for all blocks, a kept cache, and a way on where something cannot be compiled.
+"""torch.compile for every plan: one graph for all blocks, a kept cache, and a way on where something cannot
+be compiled.
 
-Functions of tensors are compiled (commons.gpt2_functions), not modules: a module's graph is tied to its parameters and to the hooks
-that a plan hangs on it, a function's serves every block and runs between the hooks.
+Functions of tensors are compiled (commons.gpt2_functions), not modules: a module's graph is tied to its
+parameters and to the hooks that a plan hangs on it, a function's serves every block and runs between the
+hooks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from commons.config import TrainConfig
     from commons.gpt2_functions import GPT2Functions
 
+# Triton compiles its launchers with a C compiler, inductor its CPU kernels with a C++ one: variable, usual names
+COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -30,9 +34,9 @@ def compile_problem(device_type: str) -> str | None:
     """Why nothing can be compiled for "cuda" or "cpu" on this machine, and what to do; None where it can."""
     if device_type == "cuda" and find_spec("triton") is None:
         return "the package triton is missing (pip install triton)"
-    compilers = [os.environ.get("CC"), "gcc", "cc", "clang"] if device_type == "cuda" else [os.environ.get("CXX"), "g++", "clang++"]
-    if not any(name and shutil.which(name) for name in compilers):
-        return f"no C{'' if device_type == 'cuda' else '++'} compiler was found (install gcc, or name one in {'CC' if device_type == 'cuda' else 'CXX'})"
+    variable, names = COMPILERS[device_type]
+    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
+        return f"none of the compilers {', '.join(names)} was found (install one, or name yours in {variable})"
     return None
 
 
@@ -79,18 +83,17 @@ def say(line: str) -> None:
 class CompiledFunction:
     """A function of tensors that compiles itself at its first call, and runs as it is where that fails.
 
-    The shapes are taken as fixed: new ones compile again.
-
     Args:
         function: whole, without graph breaks.
         backend: of torch.compile.
+        dynamic: one graph for all shapes; else new shapes compile again.
     """
 
-    def __init__(self, function: Callable, backend: str | Callable = "inductor") -> None:
+    def __init__(self, function: Callable, backend: str | Callable = "inductor", dynamic: bool = False) -> None:
         import torch
 
         self._function = function
-        self._run: Callable = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+        self._run: Callable = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
         self._compiled = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -99,7 +102,8 @@ class CompiledFunction:
         try:
             result = self._run(*arguments)
         except Exception as error:
-            # what the compiler cannot do fails before anything has run; an error of the function itself comes again below
+            # what the compiler cannot do fails before anything has run; an error of the function itself comes
+            # again below
             self.fall_back(error)
             return self._function(*arguments)
         self._compiled = True
@@ -122,10 +126,12 @@ def announced(what: str) -> Iterator[None]:
 
 
 def run_as_functions(model: nn.Module, functions: GPT2Functions) -> None:
-    """Make a ``GPT2LMHeadModel`` compute its loss with ``functions``, block by block, whatever wraps its modules.
+    """Make a ``GPT2LMHeadModel`` compute its loss with ``functions``, block by block, whatever wraps its
+    modules.
 
-    Call it before DistributedDataParallel, ``fully_shard`` or LowLevelZero wrap the model. Blocks are still called as modules, so
-    that hooks on them run, outside of what is compiled. Without labels the model runs as before.
+    Call it before DistributedDataParallel, ``fully_shard`` or LowLevelZero wrap the model. Blocks are still
+    called as modules, so that hooks on them run, outside of what is compiled. Without labels the model runs
+    as before.
     """
     from transformers.modeling_outputs import CausalLMOutput
 

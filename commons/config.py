@@ -202,7 +202,8 @@ class OutputFlags:
     )
     check_parity: bool = _flag(
         False,
-        "train a single-process fp32 reference beside this run, compare losses and gradient norms, exit 1 if they differ",
+        "train a single-process fp32 reference beside this run, compare losses and gradient norms, and exit"
+        " with 1 if they differ",
     )
     quiet: bool = _flag(False, "print no line a step, only the header and the end")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from commons import metrics
 from commons.config import TrainConfig
 from commons.data import random_tokens
 from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
+from commons.gpt2_functions import attention_backend
 from commons.layout import Place, place
 from commons.plans import PLANS, Plan
 from commons.trainables import PipelinedTrainable, Trainable, Update
@@ -68,7 +68,7 @@ class Session:
             "tp": config.tp_degree,
             "pp": config.pp_degree,
             "world_size": world_size,
-            "places": [_place_line(self, rank) for rank in range(world_size)] if config.model_parallel_size > 1 else [],
+            "places": _place_lines(self) if config.model_parallel_size > 1 else [],
             "micro_batch_size": config.batch_size,
             "grad_accum": config.grad_accum,
             "global_batch_size": self.sequences_per_step,
@@ -82,9 +82,9 @@ class Session:
         }
 
 
-def _place_line(session: Session, rank: int) -> str:
-    where = session.place(rank)
-    return f"rank {rank}: dp {where.data}, tp {where.tensor}, pp {where.pipeline}"
+def _place_lines(session: Session) -> list[str]:
+    places = [session.place(rank) for rank in range(session.device.world_size)]
+    return [f"rank {r}: dp {at.data}, tp {at.tensor}, pp {at.pipeline}" for r, at in enumerate(places)]
 
 
 def build_session(config: TrainConfig, device: Device) -> Session:
@@ -146,15 +146,6 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
             yield _record(session, step, lr, loss, update, skipped_steps, timing)
 
 
-def attention_backend(attention: str) -> AbstractContextManager:
-    """For "flash", torch's scaled_dot_product_attention restricted to its flash kernel; else nothing."""
-    if attention != "flash":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
-
-
 def _train_step(
     session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock
 ) -> tuple[torch.Tensor, Update]:
@@ -189,8 +180,8 @@ def _record(
 ) -> metrics.StepRecord:
     """Gather what the ranks saw into one record (collective: one small all-gather).
 
-    The loss is the mean over the ranks that have one, the times are those of the slowest rank, each memory measure that of the
-    rank with most.
+    The loss is the mean over the ranks that have one, the times are those of the slowest rank, each memory
+    measure that of the rank with most.
     """
     device = session.device
     seen = {"loss": loss.item(), **vars(timing), **vars(memory_use(device))}

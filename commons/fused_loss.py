@@ -1,11 +1,11 @@
 """The language-model head and its loss in one, without the logits of the whole batch.
 
-Written out, the last layer of a GPT-2 is its largest. For T tokens and a padded vocabulary of V it takes 12 T V bytes at its
-peak (measured, bf16: logits, their fp32 copy, log-softmax, and the gradients of two of them): 9.4 GiB for 16 x 1024 tokens of
-GPT-2. Here tokens are taken c at a time. The gradient of a cross-entropy is known up to one factor as soon as its loss is, so each
-piece gives its logits, its loss and its gradients at once and is forgotten: 9 c V bytes (measured, eager) or 4 c V (compiled: bf16
-logits in, bf16 gradients out), and 4 V h for the weight's gradient, which is summed up over the pieces in fp32. Nothing is
-computed twice.
+Written out, the last layer of a GPT-2 is its largest. For T tokens and a padded vocabulary of V it takes 12 T
+V bytes at its peak (measured, bf16: logits, their fp32 copy, log-softmax, and the gradients of two of them):
+9.4 GiB for 16 x 1024 tokens of GPT-2. Here tokens are taken c at a time. The gradient of a cross-entropy is
+known up to one factor as soon as its loss is, so each piece gives its logits, its loss and its gradients at
+once and is forgotten: 9 c V bytes (measured, eager) or 4 c V (compiled: bf16 logits in, bf16 gradients out),
+and 4 V h for the weight's gradient, which is summed up over the pieces in fp32. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from torch.nn import functional
 
 from model_zoo import IGNORED_LABEL
 
-# logits a piece: 512 MiB in bf16; 4 pieces of 4096 tokens for GPT-2's vocabulary and 16 x 1024 tokens. Large enough for matrix
-# products at full speed, and few enough that adding up the weight's gradient costs little.
+# logits a piece: 512 MiB in bf16; 4 pieces of 4096 tokens for GPT-2's vocabulary and 16 x 1024 tokens. Large
+# enough for matrix products at full speed, and few enough that adding up the weight's gradient costs little.
 PIECE_ELEMENTS = 2**28
 PIECE_TOKENS_MULTIPLE = 128
 
-# The gradients wait for the number of tokens and the loss scale until they are asked for. Divided by the tokens at once, the nearly
-# equal gradients of all targets would be rounded to bf16 in the same direction (3.5e-3 off instead of 2.5e-3, measured), and fp16
-# would underflow. A power of two rounds nothing and keeps fp16 sums over tokens from overflowing.
+# The gradients wait for the number of tokens and the loss scale until they are asked for. Divided by the
+# tokens at once, the nearly equal gradients of all targets would be rounded to bf16 in the same direction
+# (3.5e-3 off instead of 2.5e-3, measured), and fp16 would underflow. A power of two rounds nothing and keeps
+# fp16 sums over tokens from overflowing.
 HEADROOM = 2.0**-4
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient of one piece, computed in fp32. Made of operations that a compiler fuses into one pass a row.
+    """Loss and gradient of one piece, computed in fp32. Made of operations that a compiler fuses into one
+    pass a row.
 
     Args:
         logits: [tokens, padded vocabulary], any floating dtype.
@@ -62,7 +64,9 @@ def piece_tokens(tokens: int, padded_vocab: int) -> int:
 
 
 def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total += left @ right`` with an fp32 ``total`` and factors of a lower precision, in one kernel where there is one."""
+    """``total += left @ right`` with an fp32 ``total`` and factors of a lower precision, in one kernel where
+    there is one.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 on
@@ -118,12 +122,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def next_token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, vocab: int, kernel: Kernel = softmax_gradient
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    vocab: int,
+    kernel: Kernel = softmax_gradient,
 ) -> torch.Tensor:
-    """Mean cross-entropy of every position's prediction of the next token, from the hidden states before the head.
+    """Mean cross-entropy of every position's prediction of the next token, from the hidden states before the
+    head.
 
-    The same as ``model_zoo.next_token_loss(hidden @ weight.T, tokens, vocab=vocab)``, in less memory. Under autocast the matrix
-    products are in its dtype and the gradients in those of the arguments.
+    The same as ``model_zoo.next_token_loss(hidden @ weight.T, tokens, vocab=vocab)``, in less memory. Under
+    autocast the matrix products are in its dtype and the gradients in those of the arguments.
 
     Args:
         hidden: [batch, sequence, width].

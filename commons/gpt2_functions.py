@@ -1,17 +1,18 @@
 """GPT-2 as three pure functions of tensors: embedding, block, and final norm with head and loss.
 
-The same arithmetic as HuggingFace's ``GPT2LMHeadModel``, without its modules: a function of parameters can be compiled once and
-called for every block, under any plan, whatever that plan does to the parameters between calls. The names of the parameters are
-HuggingFace's, so that a plan finds them in the model.
+The same arithmetic as HuggingFace's ``GPT2LMHeadModel``, without its modules: a function of parameters can be
+compiled once and called for every block, under any plan, whatever that plan does to the parameters between
+calls. The names of the parameters are HuggingFace's, so that a plan finds them in the model.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; the tanh form of GELU is that of
-Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; the tanh form of GELU
+is that of Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +45,31 @@ LAYER_NORM_EPS = 1e-5  # as in OpenAI's code and GPT2Config
 
 @dataclass(frozen=True)
 class GPT2Functions:
-    """The three parts of the model. Hidden states are [batch, sequence, width], tokens int64 [batch, sequence].
+    """The three parts of the model. Hidden states are [batch, sequence, width], tokens int64 [batch,
+    sequence].
 
     Attributes:
         embed: (tokens, *EMBEDDING_PARAMETERS) -> hidden states.
         block: (hidden states, *BLOCK_PARAMETERS) -> hidden states.
-        loss: (hidden states, tokens, *HEAD_PARAMETERS) -> fp32 scalar, the mean cross-entropy of the next token.
+        loss: (hidden states, tokens, *HEAD_PARAMETERS) -> fp32 scalar, the mean cross-entropy of the next
+            token.
     """
 
     embed: Callable[..., torch.Tensor]
     block: Callable[..., torch.Tensor]
     loss: Callable[..., torch.Tensor]
+
+
+def attention_backend(attention: str) -> AbstractContextManager:
+    """For "flash", torch's scaled_dot_product_attention restricted to its flash kernel; else nothing.
+
+    The kernel is chosen when the function runs, or, compiled, when it is compiled.
+    """
+    if attention != "flash":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def _unchanged(function: Callable) -> Callable:
@@ -75,8 +90,8 @@ def gpt2_functions(
         attention: "sdpa", "flash" (the same; the caller restricts torch to its flash kernel) or "eager".
         dropout: probability, the same for embeddings, attention weights and residuals.
         recompute: keep only the input of every block and compute the block again on the way back.
-        transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss, whose matrix
-            products gain nothing.
+        transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
+            whose matrix products gain nothing.
     """
     heads, vocab = shape.heads, shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
@@ -89,7 +104,8 @@ def gpt2_functions(
         return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend)
 
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        # inside of what is compiled: the compiler leaves out what the way back does not need, such as the last matrix product
+        # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
+        # last matrix product
         return checkpoint(block, hidden, *parameters, use_reentrant=False, preserve_rng_state=dropout > 0)
 
     kernel = transform(softmax_gradient)
@@ -136,7 +152,8 @@ def _block(
 ) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
     qkv = _linear(_layer_norm(hidden, norm_1_weight, norm_1_bias), qkv_weight, qkv_bias)
-    # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side by side as they lie
+    # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side
+    # by side as they lie
     query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
     attended = attend(query, key, value, dropout).transpose(1, 2).flatten(2)
     hidden = _linear_dropped(attended, attention_out_weight, attention_out_bias, dropout) + hidden
@@ -144,9 +161,7 @@ def _block(
     return hidden + _linear_dropped(functional.gelu(inner, approximate="tanh"), down_weight, down_bias, dropout)
 
 
-def _linear_dropped(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: float
-) -> torch.Tensor:
+def _linear_dropped(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: float) -> torch.Tensor:
     out = _linear(hidden, weight, bias)
     return functional.dropout(out, dropout) if dropout else out
 

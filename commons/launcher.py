@@ -6,7 +6,6 @@ torchrun's engine (torch.distributed.launcher) run the training script, and tell
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -331,7 +330,7 @@ def run_ranks(flags: Sequence[str], nodes: Nodes, store: TCPStore, script: Path)
 
     _set_engine_up(nodes)
     # the engine leaves its folder of error files behind
-    with tempfile.TemporaryDirectory(prefix="run_gemini_") as error_files, no_rank_left():
+    with tempfile.TemporaryDirectory(prefix="run_gemini_") as error_files:
         config = LaunchConfig(
             min_nodes=nodes.count,
             max_nodes=nodes.count,
@@ -385,19 +384,6 @@ def _newer_engine_options() -> dict[str, Any]:
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     return {name: value for name, value in options.items() if name in known}
-
-
-@contextlib.contextmanager
-def no_rank_left() -> Iterator[None]:
-    """Whatever happens inside, no process started there outlives it (nor do their children)."""
-    import psutil
-
-    try:
-        yield
-    finally:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

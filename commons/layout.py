@@ -23,8 +23,9 @@ class Place:
 def place(rank: int, *, tp_degree: int, pp_degree: int) -> Place:
     """The place of ``rank``: tensor-parallel ranks are neighbours, then come the stages, then the copies.
 
-    That is the order of Colossal-AI's meshes: (data, pipeline, tensor, sequence) in HybridParallelPlugin, and (data, extra data,
-    tensor) in GeminiPlugin; :func:`check_mesh` compares. The most talkative ranks are thus on one machine.
+    That is the order of Colossal-AI's meshes: (data, pipeline, tensor, sequence) in HybridParallelPlugin, and
+    (data, extra data, tensor) in GeminiPlugin; :func:`check_mesh` compares. The most talkative ranks are thus
+    on one machine.
     """
     stage_rank, tensor = divmod(rank, tp_degree)
     data, pipeline = divmod(stage_rank, pp_degree)
@@ -32,7 +33,9 @@ def place(rank: int, *, tp_degree: int, pp_degree: int) -> Place:
 
 
 def check_mesh(rank: int, *, tp_degree: int, pp_degree: int, mesh_place: Place) -> None:
-    """Fail where a plugin has placed this rank elsewhere, which would train on wrong data without a sign of it."""
+    """Fail where a plugin has placed this rank elsewhere, which would train on wrong data without a sign of
+    it.
+    """
     expected = place(rank, tp_degree=tp_degree, pp_degree=pp_degree)
     if mesh_place != expected:
         raise RuntimeError(

@@ -1,8 +1,8 @@
 """The next-token loss where every tensor-parallel rank holds the logits of its own part of the vocabulary.
 
-The same number as ``model_zoo.next_token_loss`` on the gathered logits, which nobody ever gathers: two small all-reduces of a few
-numbers a token take their place. Padding columns are left out exactly, and everything is computed in fp32, a few thousand tokens
-at a time, so that no fp32 copy of the logits exists at once.
+The same number as ``model_zoo.next_token_loss`` on the gathered logits, which nobody ever gathers: two small
+all-reduces of a few numbers a token take their place. Padding columns are left out exactly, and everything is
+computed in fp32, a few thousand tokens at a time, so that no fp32 copy of the logits exists at once.
 
 Shoeybi et al. 2019, "Megatron-LM", section 3, describes fusing the parallel head with the loss.
 """
@@ -38,7 +38,9 @@ def _exponentials(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Arguments: logits [tokens, own columns], targets [tokens], the first column's token id, vocabulary, group."""
+    """Arguments: logits [tokens, own columns], targets [tokens], the first column's token id, vocabulary,
+    group.
+    """
 
     @staticmethod
     def forward(
@@ -89,10 +91,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_loss(
     logits: torch.Tensor, tokens: torch.Tensor, vocab: int, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of every position's prediction of the next token, over a vocabulary spread over ``group``.
+    """Mean cross-entropy of every position's prediction of the next token, over a vocabulary spread over
+    ``group``.
 
     Args:
-        logits: [batch, sequence, padded vocabulary / ranks of ``group``]; rank r holds the r-th part, all of one width.
+        logits: [batch, sequence, padded vocabulary / ranks of ``group``]; rank r holds the r-th part, all of
+            one width.
         tokens: int64 [batch, sequence], equal on all ranks of ``group``; -100 is not predicted.
         vocab: token ids in all; columns from there on are padding and get gradient zero, exactly.
         group: the tensor-parallel ranks, or None for a whole vocabulary.

@@ -127,7 +127,8 @@ class FakeMachine(Machine):
         self.write("/proc/sys/kernel/osrelease", "6.8.0-45-generic")
         self.write("/etc/os-release", 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"\n')
         self.write("/proc/meminfo", "MemTotal: 65000000 kB\nMemAvailable: 60000000 kB\nSwapFree: 0 kB\n")
-        route = "eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
+        lan = "eth1\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
+        route = lan + "eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
         self.write(
             "/proc/net/route", "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" + route
         )

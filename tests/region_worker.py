@@ -1,4 +1,6 @@
-"""Trains gpt2_tiny under Gemini with a hook a block and with one an operation, and compares. For torchrun; fails by assertion."""
+"""Trains gpt2_tiny under Gemini with a hook a block and with one an operation, and compares. For torchrun;
+fails by assertion.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +15,45 @@ import commons.gpt2_functions
 import model_zoo
 from commons import device
 from commons.config import TrainConfig
-from commons.engine import Session, build_session, train_steps
+from commons.engine import build_session, train_steps
 
 STEPS = 3
-FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--lr", "1e-3", "--run_name", "unused", "--compile", "off"]
+FLAGS = [
+    "--train_step",
+    str(STEPS),
+    "--warmup_step",
+    "1",
+    "--lr",
+    "1e-3",
+    "--run_name",
+    "unused",
+    "--compile",
+    "off",
+]
 
 CASES = {
-    "plain": "",
     "clipping": "--clip_grad_norm 0.5",
-    "fp16": "--precision fp16 --clip_grad_norm 0.5",
+    "fp16, accumulation": "--precision fp16 --clip_grad_norm 0.5 --grad_accum 2",
     "dropout, recompute": "--dropout 0.1 --activation_checkpointing on",
     "eager attention, dropout": "--attention eager --dropout 0.1",
     "accumulation": "--grad_accum 3 --clip_grad_norm 0.5",
-    "accumulation, fp16": "--grad_accum 2 --precision fp16",
-    "all on the host": "--placement cpu",
     "all on the host, accumulation": "--placement cpu --grad_accum 2 --clip_grad_norm 0.5",
     "half of the optimizer on the host": "--placement const --clip_grad_norm 0.3",
     "auto, accumulation, prefetch": "--placement auto --grad_accum 2 --max_prefetch 2",
     "half sharded": "--shard_param_frac 0.5 --offload_optim_frac 0.5",
-    "kept gathered": "--shard_param_frac 0",
-    "prefetch": "--max_prefetch 2",
+    "kept gathered, prefetch": "--shard_param_frac 0 --max_prefetch 2",
     "prefetch from the host, recompute": "--max_prefetch 2 --placement cpu --activation_checkpointing on",
 }
+
+# the cases that are also compared with the loss in pieces, which is equal up to rounding only
+IN_PIECES = ("clipping", "fp16, accumulation", "all on the host, accumulation")
 
 
 def written_out_loss(hidden: Any, weight: Any, tokens: Any, vocab: int, kernel: Any) -> torch.Tensor:
     return model_zoo.next_token_loss(functional.linear(hidden, weight), tokens, vocab=vocab)
 
 
-def train(here: device.Device, flags: str, hooks: str) -> tuple[Session, list[tuple[float, float | None]]]:
+def train(here: device.Device, flags: str, hooks: str) -> tuple[Any, list[tuple[float, float | None]]]:
     config = TrainConfig.from_cli([*FLAGS, *flags.split(), "--gemini_hooks", hooks])
     session = build_session(config, here)
     torch.manual_seed(here.rank)  # of dropout
@@ -51,7 +63,11 @@ def train(here: device.Device, flags: str, hooks: str) -> tuple[Session, list[tu
 def check_equal(here: device.Device) -> None:
     """Every bit the same with the same loss; with the loss in pieces, all but rounding."""
     in_pieces = commons.gpt2_functions.next_token_loss
+    # what goes on inside of a region does not depend on the ranks
+    skipped = ("dropout, recompute", "eager attention, dropout") if here.world_size == 1 else ()
     for name, flags in CASES.items():
+        if name in skipped:
+            continue
         _, by_operation = train(here, flags, "operation")
         commons.gpt2_functions.next_token_loss = written_out_loss
         _, by_block = train(here, flags, "block")
@@ -59,10 +75,12 @@ def check_equal(here: device.Device) -> None:
         if here.rank == 0:
             print(name, by_operation, by_block, flush=True)
         assert by_block == by_operation, name
+        if name not in IN_PIECES:
+            continue
         _, rounded = train(here, flags, "block")
         for (loss, norm), (wanted_loss, wanted_norm) in zip(rounded, by_operation, strict=True):
             assert abs(loss - wanted_loss) < 1e-3, name
-            assert norm is None or abs(norm - wanted_norm) < 5e-3 * wanted_norm, name
+            assert norm is None or wanted_norm is None or abs(norm - wanted_norm) < 5e-3 * wanted_norm, name
 
 
 def check_calls(here: device.Device) -> None:
@@ -114,7 +132,10 @@ def check_no_copies_on_one_rank(here: device.Device) -> None:
     manager = session.trainable.model.chunk_manager
     chunks = list(manager.get_chunks(session.trainable.model.fp16_params))
     places = [chunk.cuda_global_chunk.data_ptr() for chunk in chunks]
-    assert all(not chunk.is_gathered and chunk.cuda_shard.data_ptr() == place for chunk, place in zip(chunks, places))
+    assert all(
+        not chunk.is_gathered and chunk.cuda_shard.data_ptr() == place
+        for chunk, place in zip(chunks, places, strict=True)
+    )
     before = dict(manager.total_mem)
     next(train_steps(session))
     assert places == [chunk.cuda_global_chunk.data_ptr() for chunk in chunks]
@@ -125,8 +146,8 @@ def check_no_copies_on_one_rank(here: device.Device) -> None:
         for tensor in state.values()
         if isinstance(tensor, torch.Tensor)
     )
-    assert before["cuda"] == states + sum(chunk.chunk_mem + chunk.paired_chunk.chunk_mem for chunk in chunks)
-    assert before["cpu"] == 0
+    assert before["cuda"] == sum(chunk.chunk_mem + chunk.paired_chunk.chunk_mem for chunk in chunks)
+    assert before["cpu"] == states  # the host backend's states say where they are
 
 
 def check_offload_frees_on_one_rank(here: device.Device) -> None:

@@ -493,7 +493,7 @@ def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
         ({"NCCL_SOCKET_IFNAME": "docker0"}, ""),
         ({"NCCL_SOCKET_IFNAME": "eth"}, ""),
         ({"NCCL_SOCKET_IFNAME": "=eth0"}, ""),
-        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "^docker0,virbr0"}, ""),
     ],
 )
 def test_case_11_interfaces(linux: FakeMachine, environment: dict[str, str], finding_id: str) -> None:
@@ -507,6 +507,25 @@ def test_nvidia_smi_of_a_linux_driver_is_passed_over_in_wsl(wsl: FakeMachine) ->
     assert troubles(wsl) == {}
     wsl.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(failure=failure))
     assert troubles(wsl)["driver.not-loaded"].cure.startswith("wsl.exe --update")
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("10.0.0.5", "over eth0 (10.0.0.5)"),
+        ("127.0.1.1", "over lo (127.0.1.1)"),
+        ("::1", "over lo (::1)"),
+        ("10.9.9.9", "over ? (10.9.9.9)"),
+    ],
+)
+def test_case_11_the_interface_taken(no_gpu: FakeMachine, address: str, text: str) -> None:
+    no_gpu.reductions["gloo"] = AllReduce(True, 0.0025, (address,))
+    finding = found(no_gpu)["all-reduce"]
+    assert (finding.title, finding.seen) == ("2 processes summed over gloo in 2.5 ms", text)
+    assert found(no_gpu)["interface"].title == "the way out is eth0"
+    assert found(no_gpu)["hostname"].seen == ""
+    no_gpu.write("/proc/net/route", "Iface\n")
+    assert found(no_gpu)["interface"].title == "no way out of this machine"
 
 
 # --- the rest of the table
@@ -792,6 +811,7 @@ def test_two_torches(linux: FakeMachine) -> None:
     linux.distributions = (Distribution("torch", "2.1.0", "/opt/other"), *linux.distributions)
     trouble = troubles(linux)
     assert list(trouble) == ["packages.wrong-version", "duplicates.twice"]
+    assert "duplicates" not in found(linux)
     assert trouble["duplicates.twice"].level == "error"
     assert (
         "2.1.0 in /opt/other; 2.6.0 in /venv/site-packages; PYTHONPATH=" in trouble["duplicates.twice"].seen
@@ -809,6 +829,7 @@ def test_libraries_of_two_cudas(linux: FakeMachine) -> None:
         linux.distributions += (Distribution(name, version, "/venv/site-packages"),)
     finding = only(linux)
     assert finding.id == "duplicates.cuda-libraries"
+    assert "duplicates" not in found(linux)
     assert "uninstall -y nvidia-nccl-cu13\n" in finding.cure
     assert finding.cure.endswith("--force-reinstall --no-deps nvidia-nccl-cu12==2.27")
 
@@ -816,6 +837,7 @@ def test_libraries_of_two_cudas(linux: FakeMachine) -> None:
 def test_missing_packages_and_untested_python(linux: FakeMachine) -> None:
     linux.distributions = tuple(each for each in linux.distributions if each.name != "einops")
     assert only(linux).id == "packages.missing"
+    assert "packages" not in found(linux)
     assert "einops" in only(linux).title
     assert "python.untested" in troubles(linux.change(python=(3, 13, 0)))
 

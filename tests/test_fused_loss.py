@@ -1,4 +1,6 @@
-"""The loss without the logits: the same numbers as the written-out loss, no tensor of tokens x vocabulary, less memory."""
+"""The loss without the logits: the same numbers as the written-out loss, no tensor of tokens x vocabulary,
+less memory.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def test_fp16_gradients_under_a_loss_scale_neither_overflow_nor_vanish():
     wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
     scale = 2.0**12
     got = torch.autograd.grad(scale * fused_loss.next_token_loss(hidden, weight, tokens, VOCAB), (hidden, weight))
-    wanted = torch.autograd.grad(scale * written_out(*wide, tokens), wide)
+    wanted = torch.autograd.grad(scale * written_out(wide[0], wide[1], tokens), wide)
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.isfinite(ours).all()
         assert_near(ours, theirs, TOLERANCES[torch.float16])
@@ -132,7 +134,7 @@ def test_no_tensor_of_all_logits_and_less_memory(monkeypatch):
             torch.autograd.grad(loss_of(hidden, weight, tokens), (hidden, weight))
         return tracker
 
-    ours = track(lambda *arguments: fused_loss.next_token_loss(*arguments, VOCAB))
+    ours = track(lambda hidden, weight, tokens: fused_loss.next_token_loss(hidden, weight, tokens, VOCAB))
     whole = track(written_out)
     print(f"peak: {ours.peak_bytes / count / PADDED:.1f} against {whole.peak_bytes / count / PADDED:.1f} bytes a logit")
     assert whole.largest_elements == count * PADDED

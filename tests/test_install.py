@@ -270,27 +270,38 @@ def test_new_pins_without_network_leave_the_old_venv_usable(installed: Machine) 
     assert installed.install(**cut_off_network()).stderr == ""
 
 
-def test_killed_install_is_repaired(machine: Machine) -> None:
-    first = subprocess.Popen(
-        ["bash", machine.repo / "install.sh"], env=machine.environ(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+def start_and_signal(machine: Machine, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Start install.sh and send `number` to its process group, as a terminal does, once it is at work."""
+    start = subprocess.Popen(
+        ["bash", machine.repo / "install.sh"], env=machine.environ(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    state = machine.venv / "install.state"
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (state.exists() and (machine.venv / "bin/python").exists()):
-        assert time.monotonic() < deadline
+    while not (machine.venv / "bin/python").exists():
+        assert time.monotonic() < deadline and start.poll() is None
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    os.killpg(start.pid, number)
+    stdout, stderr = start.communicate(timeout=TIMEOUT_SECONDS)
+    return subprocess.CompletedProcess(start.args, start.returncode, stdout, stderr)
+
+
+def test_killed_install_is_repaired(machine: Machine) -> None:
+    start_and_signal(machine, signal.SIGKILL)
     # what a pip that is killed at a bad moment leaves: a package that seems installed and is not
-    (site,) = machine.venv.glob("lib/python3*/site-packages")
-    pretend_installed(site, "torch", "2.13.0")
+    pretend_installed(machine.site_packages(), "torch", "2.13.0")
 
     done = machine.install()
 
     assert_ready(done, machine.venv / "bin/python")
     assert "left half made" in done.stderr
     assert machine.has_module("torch")
+
+
+def test_interrupt_is_not_taken_for_a_failure(machine: Machine) -> None:
+    done = start_and_signal(machine, signal.SIGINT)
+
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "install.sh: interrupted; the next start repairs it"
 
 
 def test_missing_package_is_put_back(installed: Machine) -> None:

@@ -1,10 +1,11 @@
 """Gemini with one hook a region of the model instead of one an operation, so that a region can be compiled.
 
-Gemini has to know when a parameter is needed and when no longer. Colossal-AI finds out through ``__torch_function__`` of every
-operation that a parameter takes part in: some twenty interruptions a block, each way, which keep a GPU waiting and which
-``torch.compile`` cannot see through. Here the model is run as regions: embedding, each block, and final norm with head and loss.
-Before a region its chunks are gathered and after it they are released, once each way, and in between runs a pure function of
-plain tensors. Its gradients are written into the chunks together, when the last one of a chunk is there.
+Gemini has to know when a parameter is needed and when no longer. Colossal-AI finds out through
+``__torch_function__`` of every operation that a parameter takes part in: some twenty interruptions a block,
+each way, which keep a GPU waiting and which ``torch.compile`` cannot see through. Here the model is run as
+regions: embedding, each block, and final norm with head and loss. Before a region its chunks are gathered and
+after it they are released, once each way, and in between runs a pure function of plain tensors. Its gradients
+are written into the chunks together, when the last one of a chunk is there.
 
 ``ColoParamOpHookManager``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/tensor/param_op_hook.py
 ``GeminiZeROHook``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_hook.py
@@ -23,19 +24,32 @@ from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from torch import nn
 
-from commons.compiling import announced, functions_for, say, wants_compile
+from commons.compiling import CompiledFunction, announced, functions_for, say, wants_compile
 from commons.config import TrainConfig
-from commons.gpt2_functions import BLOCK_PARAMETERS, EMBEDDING_PARAMETERS, HEAD_PARAMETERS, GPT2Functions
+from commons.gpt2_functions import (
+    BLOCK_PARAMETERS,
+    EMBEDDING_PARAMETERS,
+    HEAD_PARAMETERS,
+    GPT2Functions,
+    attention_backend,
+)
 
 # ColoParameter answers every operation, even a look at its .grad, in Python; nothing here needs to hear of it
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 
+def _accelerator() -> Any:
+    """Colossal-AI's, whose annotations promise less than it has."""
+    return get_accelerator()
+
+
 class ChunkGradients:
     """Collects gradients of parameters and hands each chunk all of its own at once.
 
-    A chunk gets its gradients in the memory that holds its parameters (or, under accumulation, in a second chunk), so none may
-    be written before the last region that reads them is through: the embedding serves two, and a chunk may reach over two blocks.
+    A chunk gets its gradients in the memory that holds its parameters (or, under accumulation, in a second
+    chunk), so none may
+    be written before the last region that reads them is through: the embedding serves two, and a chunk may
+    reach over two blocks.
 
     Args:
         gemini: the wrapped model.
@@ -52,7 +66,9 @@ class ChunkGradients:
         # only fp16 looks for infinities, and each look is a pass over all gradients
         self._checks_overflow = gemini.mixed_precision is torch.float16
 
-    def add(self, parameters: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor], chunks: dict[Chunk, int]) -> None:
+    def add(
+        self, parameters: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor], chunks: dict[Chunk, int]
+    ) -> None:
         """Take one region's gradients; reduce the chunks that are complete with them.
 
         Args:
@@ -71,7 +87,7 @@ class ChunkGradients:
     def _deliver(self, chunk: Chunk) -> None:
         gradients = []
         for parameter in chunk.tensors_info:
-            parameter._gemini_reduced = True  # GeminiDDP's check after the backward pass asks for it
+            parameter._gemini_reduced = True  # pyright: ignore  (GeminiDDP's check after the backward pass asks for it)
             gradients.append(self._gradients.pop(id(parameter)))
         target = chunk
         if not self._manager.reuse_fp16_chunk:
@@ -91,24 +107,28 @@ class ChunkGradients:
         return self._manager.rearrange_accumulated_grad_chunk(chunk)
 
     def _slices_of(self, chunk: Chunk) -> list[torch.Tensor]:
-        """The chunk's memory as tensors of its parameters' shapes. They stay valid: chunks free and refill one storage."""
+        """The chunk's memory as tensors of its parameters' shapes. They stay valid: chunks free and refill
+        one storage.
+        """
+        whole: Any = chunk.cuda_global_chunk
         if chunk not in self._slices:
             self._slices[chunk] = [
-                chunk.cuda_global_chunk[info.offset : info.end].view(parameter.shape)
-                for parameter, info in chunk.tensors_info.items()
+                whole[info.offset : info.end].view(parameter.shape) for parameter, info in chunk.tensors_info.items()
             ]
         return self._slices[chunk]
 
     def _reduce(self, chunk: Chunk, target: Chunk) -> None:
-        """Average ``target``, the gradients of ``chunk``, over the ranks, beside the computation where there is a stream for it."""
+        """Average ``target``, the gradients of ``chunk``, over the ranks, beside the computation where there
+        is a stream for it.
+        """
         gemini, manager = self._gemini, self._manager
         stream = gemini.async_reduce_stream
         device = gemini.grads_device[next(iter(chunk.tensors_info))]
         if chunk.pg_size == 1 and device.type != "cpu":
             stream = None  # nothing is sent
         if stream is not None:
-            stream.wait_stream(get_accelerator().current_stream())
-        with get_accelerator().stream(stream):
+            stream.wait_stream(_accelerator().current_stream())
+        with _accelerator().stream(stream):
             manager.reduce_chunk(target, async_op=stream is not None)
             target.wait_async_reduce()
             if target is not chunk:
@@ -126,7 +146,8 @@ class ChunkGradients:
 def squared_norm(chunk: Chunk) -> torch.Tensor:
     """Sum of squares of this rank's part of a chunk, an fp64 scalar on the device.
 
-    Upstream makes a Python number of it, which waits for the device once a chunk; the optimizer only adds them up.
+    Upstream makes a Python number of it, which waits for the device once a chunk; the optimizer only adds
+    them up.
     ``Chunk.set_l2_norm``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/chunk.py
     """
     return chunk.payload[: chunk.get_valid_length()].float().norm(2).double().square()
@@ -156,7 +177,9 @@ class Region:
         chunks: those that hold the parameters, and how many of them each.
     """
 
-    def __init__(self, gemini: GeminiDDP, function: Callable[..., torch.Tensor], parameters: list[torch.Tensor]) -> None:
+    def __init__(
+        self, gemini: GeminiDDP, function: Callable[..., torch.Tensor], parameters: list[torch.Tensor]
+    ) -> None:
         self.function, self.parameters = function, parameters
         self._gemini_manager = gemini.gemini_manager
         self._chunk_manager = gemini.chunk_manager
@@ -167,8 +190,17 @@ class Region:
         self.chunks = {chunk: len(infos) for chunk, infos in self._infos.items()}
         self._ordered = tuple(self._infos)
 
+    def rehearse(self, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Call the function on ``arguments`` and parameters of zeros, forward and backward."""
+        leaves = [item.requires_grad_() for item in arguments if item.is_floating_point()]
+        leaves += [torch.zeros_like(parameter, requires_grad=True) for parameter in self.parameters]
+        out = self.function(*arguments, *leaves[-len(self.parameters) :])
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
     def gather(self) -> None:
-        """Make the parameters usable: ``GeminiZeROHook.pre_op``, with the states of all parameters set together."""
+        """Make the parameters usable: ``GeminiZeROHook.pre_op``, with the states of all parameters set
+        together.
+        """
         gemini, chunks = self._gemini_manager, self._chunk_manager
         missing = gemini.wait_chunks(self._ordered)
         self._set_states(TensorState.COMPUTE)
@@ -187,15 +219,15 @@ class Region:
             return
         upcoming = gemini.placement_policy.get_prefetch_chunks(
             is_warmup=gemini.is_warmup(),
-            compute_list=gemini.compute_list,
+            compute_list=gemini.compute_list,  # pyright: ignore[reportArgumentType]
             compute_idx=gemini.compute_idx,
             async_works=gemini.async_works,
         )
         if not upcoming:
             return
         # what is gathered may still be written by the optimizer
-        stream.wait_stream(get_accelerator().current_stream())
-        with get_accelerator().stream(stream):
+        stream.wait_stream(_accelerator().current_stream())
+        with _accelerator().stream(stream):
             for chunk in upcoming:
                 work = chunks.access_chunk(chunk, async_access=True)
                 if work is not None:
@@ -211,10 +243,12 @@ class Region:
 
 
 class _RegionCall(torch.autograd.Function):
-    """Runs a region's function with a graph of its own inside, so that hooks and gradients are handled once a region.
+    """Runs a region's function with a graph of its own inside, so that hooks and gradients are handled once a
+    region.
 
-    ``hidden`` is what comes from the region before, or for the first region a scalar that only asks for a gradient; ``arguments``
-    are the function's first arguments, with None as the first to stand for ``hidden``.
+    ``hidden`` is what comes from the region before, or for the first region a scalar that only asks for a
+    gradient; ``arguments`` are the function's first arguments, with None as the first to stand for
+    ``hidden``.
     """
 
     @staticmethod
@@ -278,28 +312,31 @@ class BlockHooks:
             hidden = _RegionCall.apply(hidden, (None,), block, self.gradients)
         return _RegionCall.apply(hidden, (None, labels), self.head, self.gradients)
 
-
     def warm_up(self, batch_size: int, seq_len: int) -> None:
-        """Call every function once, forward and backward, on zeros of the shapes to come, so that compiling is done with.
+        """Call every function once, forward and backward, on zeros of the shapes to come, so that compiling
+        is done with.
 
         The regions themselves stay untouched, and no parameter is gathered.
         """
         with plain_tensors():
             some = self.embedding.parameters[0]
-            tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=get_accelerator().get_current_device())
+            tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=_accelerator().get_current_device())
             hidden = torch.zeros(batch_size, seq_len, some.shape[1], dtype=some.dtype, device=tokens.device)
             cases = (self.embedding, (tokens,)), (self.blocks[0], (hidden,)), (self.head, (hidden, tokens))
             for region, arguments in cases:
-                leaves = [item.requires_grad_() for item in arguments if item.is_floating_point()]
-                leaves += [torch.zeros_like(parameter, requires_grad=True) for parameter in region.parameters]
-                out = region.function(*arguments, *leaves[-len(region.parameters) :])
-                torch.autograd.grad(out, leaves, torch.ones_like(out))
+                try:
+                    region.rehearse(arguments)
+                except Exception as error:  # of the way back; the way there falls back by itself
+                    if not isinstance(region.function, CompiledFunction):
+                        raise
+                    region.function.fall_back(error)
 
 
 def install_block_hooks(gemini: GeminiDDP, functions: GPT2Functions) -> BlockHooks:
     """Make a wrapped ``GPT2LMHeadModel`` run as regions whenever it is called with labels.
 
-    Without labels it runs as before, with a hook an operation. Not for tensor parallelism, whose layers communicate inside.
+    Without labels it runs as before, with a hook an operation. Not for tensor parallelism, whose layers
+    communicate inside.
 
     Args:
         gemini: the model as ``Booster.boost`` returns it.
@@ -314,7 +351,7 @@ def install_block_hooks(gemini: GeminiDDP, functions: GPT2Functions) -> BlockHoo
     def forward(self: nn.Module, input_ids: Any = None, labels: Any = None, **arguments: Any) -> Any:
         if labels is None:
             return by_operation(input_ids=input_ids, **arguments)
-        return CausalLMOutput(loss=hooks.loss(input_ids, labels))
+        return CausalLMOutput(loss=hooks.loss(input_ids, labels))  # pyright: ignore[reportArgumentType]
 
     model.forward = MethodType(forward, model)
     # no parameter ever gets a .grad; looking for it in Python takes milliseconds a step
@@ -326,12 +363,12 @@ def install_block_hooks(gemini: GeminiDDP, functions: GPT2Functions) -> BlockHoo
 
 
 def _let_the_host_run_ahead(stream: Any) -> None:
-    """After the backward pass let the device wait for the reductions, and not the host too, which upstream does.
+    """After the backward pass let the device wait for the reductions, and not the host too, as upstream does.
 
     The optimizer's launches then queue up behind the last gradients. An optimizer on the host has to wait itself.
-    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_ddp.py (``GeminiDDP._post_backward``)
+    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_ddp.py (``_post_backward``)
     """
-    stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
+    stream.synchronize = lambda: _accelerator().current_stream().wait_stream(stream)
 
 
 def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> BlockHooks | None:
@@ -347,6 +384,6 @@ def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> B
         return None
     hooks = install_block_hooks(gemini, functions_for(config, device_type))
     if wants_compile(config, device_type):
-        with announced("the model's blocks, embedding and loss"):
+        with announced("the model's blocks, embedding and loss"), attention_backend(config.attention):
             hooks.warm_up(config.batch_size, config.seq_len)  # pyright: ignore[reportArgumentType]
     return hooks

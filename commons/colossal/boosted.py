@@ -55,7 +55,7 @@ class BoostedTrainable:
 
     def _loss_scale(self) -> float:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
-        names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")  # Gemini's, ZeRO's, CAI_Hybrid's
+        names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
         mixins = (getattr(self.optimizer, name, None) for name in names)
         scalers = [mixin.grad_scaler for mixin in mixins if hasattr(mixin, "grad_scaler")]
         return scalers[0].scale.item() if scalers else 1.0
@@ -87,14 +87,15 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     plugin.shard_config.make_vocab_size_divisible_by = (
         1  # model_zoo has padded already; tp_degree divides what it made
     )
-    zero_axis, _, tp_axis = range(3)
-    mesh_place = Place(plugin.pg_mesh.coordinate(zero_axis), 0, plugin.pg_mesh.coordinate(tp_axis))
+    copy, _, part = plugin.pg_mesh.coordinate()  # pyright: ignore[reportGeneralTypeIssues]
+    mesh_place = Place(data=copy, pipeline=0, tensor=part)
     check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=1, mesh_place=mesh_place)
     plugin.gemini_config["pin_memory"] = device.type == "cuda" and offloads
     model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    trainable = boost(plugin, model, config, no_sync=False)
+    compiled = wants_compile(config, device.type)
+    trainable = boost(plugin, model, config, no_sync=False, compiled=compiled)
     run_by_blocks(trainable.model, config, device.type)
     return trainable
 
@@ -141,6 +142,7 @@ def boost(
     config: TrainConfig,
     *,
     no_sync: bool,
+    compiled: bool = False,
     trainable: type[BoostedTrainable] = BoostedTrainable,
 ) -> BoostedTrainable:
     """Wrap model and optimizer by a Booster (collective). ``no_sync``: the plugin can leave gradients of a
@@ -156,6 +158,7 @@ def boost(
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         adamw_mode=True,
+        compiled=compiled,
     )
     booster = Booster(plugin=plugin)
     boosted, optimizer, *_ = booster.boost(model, adam)

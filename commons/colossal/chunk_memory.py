@@ -1,9 +1,11 @@
-"""Gemini's chunks without needless copies, without needless pointer updates, and without freeing what is still being sent.
+"""Gemini's chunks without needless copies, without needless pointer updates, and without freeing what is
+still being sent.
 
-A chunk is whole (gathered) in ``cuda_global_chunk`` or a rank's part in ``cuda_shard``. On one rank the part is the whole, but
-upstream allocates, copies and frees at every turn from one to the other: at each release, at each access, and at the reduction of
-gradients. Here, on one rank, ``cuda_shard`` is the same memory as ``cuda_global_chunk``. The accounting stays right by itself:
-``Chunk.memory_usage`` counts the one or the other.
+A chunk is whole (gathered) in ``cuda_global_chunk`` or a rank's part in ``cuda_shard``. On one rank the part
+is the whole, but upstream allocates, copies and frees at every turn from one to the other: at each release,
+at each access, and at the reduction of gradients. Here, on one rank, ``cuda_shard`` is the same memory as
+``cuda_global_chunk``. The accounting stays right by itself: ``Chunk.memory_usage`` counts the one or the
+other.
 
 https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/chunk.py
 """
@@ -30,7 +32,7 @@ def _is_alone(chunk: Chunk) -> bool:
     return chunk.pg_size == 1 and not chunk.keep_gathered
 
 
-def scatter(self: Chunk) -> None:
+def scatter(self: Any) -> None:
     """``Chunk.__scatter``: on one rank the part is the whole."""
     if not _is_alone(self):
         _scatter(self)
@@ -39,8 +41,10 @@ def scatter(self: Chunk) -> None:
         self.is_gathered = False
 
 
-def gather(self: Chunk, async_op: bool = False) -> Any:
-    """``Chunk.__gather``: on one rank the part is the whole already, or comes from the host and takes its place."""
+def gather(self: Any, async_op: bool = False) -> Any:
+    """``Chunk.__gather``: on one rank the part is the whole already, or comes from the host and takes its
+    place.
+    """
     if not _is_alone(self) or self.is_gathered:
         return _gather(self, async_op)
     if is_storage_empty(self.cuda_global_chunk):
@@ -52,7 +56,9 @@ def gather(self: Chunk, async_op: bool = False) -> Any:
 
 
 class _Arrival:
-    """What Gemini waits for after a prefetch: everything given to the stream that was current when this was made."""
+    """What Gemini waits for after a prefetch: everything given to the stream that was current when this was
+    made.
+    """
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event()
@@ -62,19 +68,19 @@ class _Arrival:
         self._event.wait()
 
 
-def shard_move(self: Chunk, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None:
+def shard_move(self: Any, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None:
     """``Chunk.shard_move``: what has moved to the host no longer takes device memory."""
     _shard_move(self, device, force_copy, non_blocking)
     _free_if_away(self)
 
 
-def close_chunk(self: Chunk) -> None:
+def close_chunk(self: Any) -> None:
     """``Chunk.close_chunk``: the same for a chunk that begins its life on the host."""
     _close_chunk(self)
     _free_if_away(self)
 
 
-def _free_if_away(chunk: Chunk) -> None:
+def _free_if_away(chunk: Any) -> None:
     if not _is_alone(chunk) or chunk.cuda_shard is not None or chunk.is_gathered:
         return
     if _storage(chunk.cpu_shard) == _storage(chunk.cuda_global_chunk):  # where the host is the device too
@@ -87,17 +93,21 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _free_after_this_stream(tensor: torch.Tensor) -> None:
-    """Free a tensor's storage that work already given to the current stream still reads, though another stream allocated it."""
+    """Free a tensor's storage that work already given to the current stream still reads, though another
+    stream allocated it.
+    """
     if not is_storage_empty(tensor):
         if tensor.is_cuda:
-            tensor.record_stream(get_accelerator().current_stream())
+            tensor.record_stream(get_accelerator().current_stream())  # pyright: ignore[reportArgumentType]
         free_storage(tensor)
 
 
-def update_tensors_ptr(self: Chunk) -> None:
-    """``Chunk.__update_tensors_ptr``: parameters are views of the chunk's one storage, which is freed and refilled but never replaced.
+def update_tensors_ptr(self: Any) -> None:
+    """``Chunk.__update_tensors_ptr``: parameters are views of the chunk's one storage, which is freed and
+    refilled but never replaced.
 
-    So they need to be pointed at it only once; upstream does it at every gather, for a microsecond or ten a parameter.
+    So they need to be pointed at it only once; upstream does it at every gather, for a microsecond or ten a
+    parameter.
     """
     first = next(iter(self.tensors_info), None)
     with torch._C.DisableTorchFunctionSubclass():
@@ -106,20 +116,21 @@ def update_tensors_ptr(self: Chunk) -> None:
         _update_tensors_ptr(self)
 
 
-def reduce(self: Chunk, async_op: bool = False) -> None:
+def reduce(self: Any, async_op: bool = False) -> None:
     """``Chunk.reduce``: the gradients that are sent are freed only after they are sent.
 
-    Upstream frees them as soon as an asynchronous reduction has been launched, and relies on NCCL's process group to keep the
-    memory from being given out again. Since torch 2.8 that group holds on to the tensor and no longer to its storage (seen in the
-    code, not on a GPU), so that the next allocation on the computing stream may be written into gradients that are still being
-    read. The current stream, which is Gemini's for reductions, waits here; the host does not.
+    Upstream frees them as soon as an asynchronous reduction has been launched, and relies on NCCL's process
+    group to keep the memory from being given out again. Since torch 2.8 that group holds on to the tensor and
+    no longer to its storage (seen in the code, not on a GPU), so that the next allocation on the computing
+    stream may be written into gradients that are still being read. The current stream, which is Gemini's for
+    reductions, waits here; the host does not.
     """
     if self.pg_size == 1 or self.keep_gathered or self.extra_dp_group is not None or not async_op:
         _reduce(self, async_op)
         return
     assert self.is_gathered and self.grad_reduce_work is None
     self.cuda_shard = torch.empty(self.shard_size, dtype=self.dtype, device=get_accelerator().get_current_device())
-    dist.reduce_scatter_tensor(self.cuda_shard, self.cuda_global_chunk, group=self.torch_pg, async_op=True).wait()
+    dist.reduce_scatter_tensor(self.cuda_shard, self.cuda_global_chunk, group=self.torch_pg, async_op=True).wait()  # pyright: ignore[reportOptionalMemberAccess]
     _free_after_this_stream(self.cuda_global_chunk)
     self.is_gathered = False
     for info in self.tensors_info.values():

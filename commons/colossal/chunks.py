@@ -39,18 +39,21 @@ def chunk_configuration(shape: ModelShape, zero_size: int, tp_degree: int = 1) -
 
 
 def blocks_first(model: nn.Module) -> Any:
-    """Memory statistics that tell Gemini nothing but the order in which to fill its chunks: blocks first,
-    then the rest.
+    """Memory statistics that tell Gemini nothing but the order in which to fill its chunks: block by block, in
+    each the matrices before the vectors, then the rest.
 
     In the order of the module, the position table would come between embedding and blocks and shift every
-    block across a boundary. Gemini takes the order from statistics made beforehand; under static placement it
-    reads nothing else of them.
+    block across a boundary. Matrices and vectors differ in weight decay; side by side, those of a chunk are
+    one piece of memory for the optimizer. Gemini takes the order from statistics made beforehand; under static
+    placement it reads nothing else of them.
     """
     from colossalai.zero.gemini.memory_tracer import MemStats
 
-    blocks = list(model.transformer.h.parameters())  # pyright: ignore
-    in_blocks = {id(param) for param in blocks}
+    blocks: list[Any] = [*model.transformer.h]  # pyright: ignore
+    ordered = [param for block in blocks for param in sorted(block.parameters(), key=lambda p: -p.ndim)]
+    in_blocks = {id(param) for param in ordered}
+    ordered += [param for param in model.parameters() if id(param) not in in_blocks]
     statistics = MemStats()
-    for param in (*blocks, *(param for param in model.parameters() if id(param) not in in_blocks)):
+    for param in ordered:
         statistics._param_runtime_order.append(param)
     return statistics

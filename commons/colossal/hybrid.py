@@ -15,7 +15,9 @@ from commons.layout import Place, check_mesh
 
 
 class PipelinedBoostedTrainable(BoostedTrainable):
-    """A model in pipeline stages: forward and backward passes of microbatches alternate and cannot be told apart."""
+    """A model in pipeline stages: forward and backward passes of microbatches alternate and cannot be told
+    apart.
+    """
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         # the schedule itself accumulates over its microbatches and synchronises after the last one
@@ -33,7 +35,11 @@ class PipelinedBoostedTrainable(BoostedTrainable):
         """
         batch = {"input_ids": tokens, "labels": tokens}
         outcome = self.booster.execute_pipeline(
-            iter([batch]), self.model, lambda output, _: output.loss * weight, self.optimizer, return_loss=True
+            iter([batch]),
+            self.model,
+            lambda output, _: output.loss * weight,
+            self.optimizer,
+            return_loss=True,
         )
         return outcome["loss"]
 
@@ -58,7 +64,7 @@ def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
         pp_style="interleaved" if interleaved else "1f1b",
         num_model_chunks=config.num_model_chunks,
         enable_sequence_parallelism=config.sequence_parallel == "on",
-        sequence_parallelism_mode="split_gather" if config.sequence_parallel == "on" else None,
+        sequence_parallelism_mode="split_gather" if config.sequence_parallel == "on" else None,  # pyright: ignore[reportArgumentType]
         make_vocab_size_divisible_by=1,  # model_zoo has padded already; tp_degree divides what it made
         # gloo does not match the overlapped schedule's sends and receives, and hangs
         overlap_p2p=device.type == "cuda",

@@ -1,9 +1,11 @@
-"""Faults of Colossal-AI 0.5.0 that the suite's plans would meet and that can be mended from outside, one class a fault.
+"""Faults of Colossal-AI 0.5.0 that the suite's plans would meet and that can be mended from outside, one
+class a fault.
 
-Each names the upstream function, says what went wrong, and asks upstream whether it still does (:meth:`is_needed`): a Colossal-AI
-that has mended it is left alone. Faults that are avoided by construction are told where that happens: the forward pass, the loss
-and the sequence-parallel biases of a split GPT-2 in split_gpt2.py; small models and blocks across chunk boundaries in chunks.py;
-clipping with offloaded gradients in adam_kernels.py.
+Each names the upstream function, says what went wrong, and asks upstream whether it still does
+(:meth:`is_needed`): a Colossal-AI that has mended it is left alone. Faults that are avoided by construction
+are told where that happens: the forward pass, the loss and the sequence-parallel biases of a split GPT-2 in
+split_gpt2.py; small models and blocks across chunk boundaries in chunks.py; clipping with offloaded gradients
+in adam_kernels.py.
 """
 
 from __future__ import annotations
@@ -48,11 +50,13 @@ class Fix:
 
 
 def is_split(param: torch.Tensor) -> bool:
-    """Whether tensor-parallel ranks hold different parts of ``param``, not copies. Fused query, key and value count."""
+    """Whether tensor-parallel ranks hold different parts of ``param``, not copies. Fused query, key and value
+    count.
+    """
     return is_distributed_tensor(param) or is_customized_distributed_tensor(param)
 
 
-# --- Static placement: a fraction is one of bytes ---------------------------------------------------------------------------
+# --- Static placement: a fraction is one of bytes -----------------------------------------------------------
 
 
 class _ProbeChunk:
@@ -77,40 +81,44 @@ def _static_fractions_are_wrong() -> bool:
     return [device.type for device in devices.values()].count("cpu") != 2
 
 
-def _setup_grads_device(policy: Any, params: list, grads_device_map: dict) -> None:
-    """Decide where each chunk's gradients, master weights and optimizer states live, and how much may stay gathered or on the device.
+def _setup_grads_device(self: Any, params: list, grads_device_map: dict) -> None:
+    """Decide where each chunk's gradients, master weights and optimizer states live, and how much may stay
+    gathered or on the device.
 
-    Of every fraction f, chunks are taken while they fit into f of the bytes, so that never more than f is offloaded or sharded
-    away, and f = 1 takes all. Blocks come first, in their order; a rank keeps the same ones as every other.
+    Of every fraction f, chunks are taken while they fit into f of the bytes, so that never more than f is
+    offloaded or sharded away, and f = 1 takes all. Blocks come first, in their order; a rank keeps the same
+    ones as every other.
     """
     from colossalai.accelerator import get_accelerator
 
-    chunks = list(dict.fromkeys(policy.chunk_manager.get_chunk(param) for param in params))  # a set has no order
+    chunks = list(dict.fromkeys(self.chunk_manager.get_chunk(param) for param in params))  # a set has no order
     total = sum(chunk.chunk_mem for chunk in chunks)
-    room = total * policy.offload_optim_frac
+    room = total * self.offload_optim_frac
     for chunk in chunks:
         offload = not chunk.keep_gathered and chunk.chunk_mem <= room + 0.5
         room -= chunk.chunk_mem if offload else 0
         device = torch.device("cpu") if offload else get_accelerator().get_current_device()
         for param in chunk.get_tensors():
             grads_device_map[param] = device
-    policy.keep_gathered_chunk_mem = total * (1 - policy.shard_param_frac)
-    policy.keep_cuda_chunk_mem = total * (1 - policy.offload_param_frac)
+    self.keep_gathered_chunk_mem = total * (1 - self.shard_param_frac)
+    self.keep_cuda_chunk_mem = total * (1 - self.offload_param_frac)
 
 
 def _mend_static_fractions() -> None:
     StaticPlacementPolicy.setup_grads_device = _setup_grads_device
 
 
-# --- Gemini's gradient norm under tensor parallelism ----------------------------------------------------------------------
+# --- Gemini's gradient norm under tensor parallelism --------------------------------------------------------
 
 
 def _gemini_norm_is_wrong() -> bool:
-    return "tp_group" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
+    return "tp_" not in inspect.getsource(GeminiOptimizer._calc_global_norm)
 
 
 def _calc_global_norm(optimizer: Any) -> float:
-    """L2 norm of the whole gradient (collective), equal on all ranks: every element counted once, wherever it lies."""
+    """L2 norm of the whole gradient (collective), equal on all ranks: every element counted once, wherever it
+    lies.
+    """
     real = {id(fake): optimizer.id_to_real_params[i] for i, fake in optimizer.id_to_fake_params.items()}
     tp_size, zero_size = optimizer.tp_size, dist.get_world_size(optimizer.module.zero_group)
     norms: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
@@ -139,19 +147,22 @@ def _mend_gemini_norm() -> None:
     GeminiOptimizer._calc_global_norm = calc_global_norm
 
 
-# --- HybridParallelPlugin's gradient norm under tensor parallelism --------------------------------------------------------
+# --- HybridParallelPlugin's gradient norm under tensor parallelism ------------------------------------------
 
 
 def _hybrid_norm_is_wrong() -> bool:
-    source = inspect.getsource(hybrid_parallel_plugin)
-    return "is_distributed_tensor(" in source and "is_customized_distributed_tensor" not in source
+    """Show a tensor that is split by a function of its own to what tells copies from parts."""
+    split = torch.empty(0)
+    api.init_tensor_as_customization_distributed(split, shard_fn=torch.clone, gather_fn=torch.clone)
+    told_apart = "is_customized_distributed_tensor" in inspect.getsource(hybrid_parallel_plugin)
+    return not told_apart and not hybrid_parallel_plugin.is_distributed_tensor(split)
 
 
 def _mend_hybrid_norm() -> None:
     hybrid_parallel_plugin.is_distributed_tensor = is_split
 
 
-# --- Saving Gemini's optimizer under tensor parallelism -------------------------------------------------------------------
+# --- Saving Gemini's optimizer under tensor parallelism -----------------------------------------------------
 
 
 def _saving_is_wrong() -> bool:
@@ -167,27 +178,31 @@ def _mend_saving() -> None:
         param = self.id_to_real_params[param_id]
         if not is_split(param):
             return states
-        return {
-            name: state if name == "step" else _gather_like(param, state) for name, state in states.items()
-        }
+        return {name: state if name == "step" else _gather_like(param, state) for name, state in states.items()}
 
     GeminiOptimizer.collect_states = collect_states
 
 
 @contextmanager
 def _nothing_is_split() -> Iterator[None]:
-    """Have the optimizer's code see every parameter as whole: it then returns this tensor-parallel rank's part."""
+    """Have the optimizer's code see every parameter as whole: it then returns this tensor-parallel rank's
+    part.
+    """
     names = ("is_distributed_tensor", "is_customized_distributed_tensor")
     originals = {name: getattr(gemini_optimizer, name) for name in names}
-    vars(gemini_optimizer).update(dict.fromkeys(names, lambda tensor: False))
+    for name in names:
+        setattr(gemini_optimizer, name, lambda tensor: False)
     try:
         yield
     finally:
-        vars(gemini_optimizer).update(originals)
+        for name, original in originals.items():
+            setattr(gemini_optimizer, name, original)
 
 
 def _gather_like(param: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """The whole of an optimizer state, on the host, from the parts that lie like those of ``param`` (collective over tensor ranks)."""
+    """The whole of an optimizer state, on the host, from the parts that lie like those of ``param``
+    (collective over tensor ranks).
+    """
     from colossalai.accelerator import get_accelerator
 
     part = state.reshape(param.shape).to(get_accelerator().get_current_device())
@@ -218,16 +233,16 @@ FIXES = (
     Fix(
         "booster/plugin/hybrid_parallel_plugin.py",
         "_compute_grad_norm of its three optimizers",
-        "with tp_size > 1 the fused query-key-value and first feed-forward layers, which are split by a function of"
-        " their own, count as copies: the norm is too small and clipping too weak",
+        "with tp_size > 1 the fused query-key-value and first feed-forward layers, which are split by a"
+        " function of their own, count as copies: the norm is too small and clipping too weak",
         _hybrid_norm_is_wrong,
         _mend_hybrid_norm,
     ),
     Fix(
         "zero/gemini/gemini_optimizer.py",
         "GeminiOptimizer.collect_states",
-        "with tp_size > 1 save_optimizer fails with an assertion, as the step number is taken for a split tensor; behind it"
-        " the gathered states are dropped and each file would hold one rank's part",
+        "with tp_size > 1 save_optimizer fails with an assertion, as the step number is taken for a split tensor;"
+        " behind it the gathered states are dropped and each file would hold one rank's part",
         _saving_is_wrong,
         _mend_saving,
     ),

@@ -1,0 +1,140 @@
+"""torch.compile under every plan: one graph for all blocks, the same losses, and a way on where it does not
+work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import suite_runs
+import torch
+
+from commons import compiling
+from commons.config import TrainConfig
+from commons.gpt2_functions import gpt2_functions
+from model_zoo import MODEL_SIZES, build_model
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+SHAPE = MODEL_SIZES["gpt2_tiny"]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(SHAPE.vocab, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def as_functions(attention: str, dropout: float, recompute: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_model(SHAPE, attention=attention, dropout=dropout, activation_checkpointing=recompute)
+    functions = gpt2_functions(SHAPE, attention=attention, dropout=dropout, recompute=recompute)
+    compiling.run_as_functions(model, functions)
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_functions_are_huggingfaces_model(attention, dropout, recompute):
+    torch.manual_seed(0)
+    reference = build_model(SHAPE, attention=attention, dropout=dropout, activation_checkpointing=recompute)
+    model = as_functions(attention, dropout, recompute)
+    outcomes = []
+    for each in (reference, model):
+        torch.manual_seed(1)
+        loss = each(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        outcomes.append((loss.item(), {name: param.grad for name, param in each.named_parameters()}))
+    (wanted_loss, wanted), (loss, got) = outcomes
+    assert loss == pytest.approx(wanted_loss, abs=1e-6)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_without_labels_a_model_run_as_functions_gives_logits():
+    assert as_functions("sdpa", 0.0, False)(input_ids=tokens()).logits.shape == (2, 32, SHAPE.padded_vocab)
+
+
+def test_recomputation_leaves_out_the_last_matrix_product():
+    products = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list) -> torch.fx.GraphModule:
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        names = [str(node.target) for node in graph.graph.nodes]
+        products.append(sum("mm" in name for name in names))
+        return make_boxed_func(graph.forward)  # pyright: ignore
+
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    block = build_model(SHAPE).transformer.h[0]
+    functions = gpt2_functions(
+        SHAPE,
+        recompute=True,
+        transform=lambda function: torch.compile(function, backend=backend, fullgraph=True),
+    )
+    hidden = torch.randn(2, 32, SHAPE.hidden, requires_grad=True)
+    functions.block(hidden, *block.parameters()).sum().backward()
+    forward, backward = products
+    assert forward == 4
+    assert backward == 8 + 3  # two a matrix, and the recomputed ones but for the feed-forward layer's second
+
+
+def test_every_plan_compiles_with_one_graph_for_all_blocks():
+    returncode, console = suite_runs.torchrun(WORKER, 2)
+    assert returncode == 0, console[-4000:]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
+def test_inductor_trains_a_tiny_model(tmp_path):
+    flags = ("--train_step", "3", "--warmup_step", "1", "--num_layers", "2", "--seq_len", "32")
+    run = suite_runs.launch(tmp_path, *flags, "--compile", "on")
+    assert run.returncode == 0, run.console
+    assert "compiled the model's blocks" in run.console and "not compiled" not in run.console
+    assert run.losses == pytest.approx([math.log(SHAPE.vocab)] * 3, abs=0.05)  # of a new model on random tokens
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(capsys):
+    def branching(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if tensor.sum() > 0 else tensor - 1
+
+    function = compiling.CompiledFunction(branching, "eager")
+    assert function(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert function(-torch.ones(2)).tolist() == [-2.0, -2.0]
+    assert capsys.readouterr().err.count("not compiled: branching") == 1
+
+
+def test_auto_compiles_on_gpus_that_can(monkeypatch):
+    config = TrainConfig()
+    monkeypatch.setattr(compiling, "compile_problem", lambda device_type: None)
+    assert compiling.wants_compile(config, "cuda") and not compiling.wants_compile(config, "cpu")
+    assert not compiling.wants_compile(TrainConfig(tp_degree=2), "cuda")
+    assert compiling.wants_compile(TrainConfig(compile="on"), "cpu")
+    assert not compiling.wants_compile(TrainConfig(compile="off"), "cuda")
+    monkeypatch.setattr(compiling, "compile_problem", lambda device_type: "no compiler")
+    assert not compiling.wants_compile(config, "cuda")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: types.SimpleNamespace())
+    for device_type, variable in (("cpu", "CXX"), ("cuda", "CC")):
+        problem = compiling.compile_problem(device_type)
+        assert problem is not None and variable in problem
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    assert "triton" in str(compiling.compile_problem("cuda"))
+
+
+def test_cache_is_kept_where_the_user_wants_it_else_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(compiling.CACHE_VARIABLE, raising=False)
+    compiling.keep_cache()
+    assert os.environ[compiling.CACHE_VARIABLE].startswith(str(tmp_path))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, "/chosen")
+    compiling.keep_cache()
+    assert os.environ[compiling.CACHE_VARIABLE] == "/chosen"

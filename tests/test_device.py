@@ -1,0 +1,99 @@
+"""Clocks, data and the host backend: against an outside clock, and where they must not be."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from suite_runs import run_processes
+
+from commons.data import random_tokens
+from commons.device import Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
+
+HERE = Device("cpu", "a CPU", 0, 0, 1)
+
+
+def test_phases_add_up_to_the_step() -> None:
+    clock = PhaseClock(HERE)
+    clock.start()
+    for phase, seconds in (("forward", 0.02), ("backward", 0.04), ("forward", 0.02), ("optimizer", 0.01)):
+        clock.mark(phase)
+        time.sleep(seconds)
+    timing = clock.stop()
+    assert 0.04 <= timing.forward_seconds and 0.04 <= timing.backward_seconds and 0.01 <= timing.optimizer_seconds
+    phases = timing.forward_seconds + timing.backward_seconds + timing.optimizer_seconds
+    assert phases <= timing.step_seconds == pytest.approx(phases, abs=0.002)
+
+
+OUTSIDE_CLOCK = """
+import sys, time
+from commons import device
+from commons.config import TrainConfig
+from commons.engine import build_session, train_steps
+here = device.launch("cpu", 60)
+flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
+         "--batch_size", "2", "--seq_len", "256", "--train_step", "6", "--warmup_step", "1"]
+steps = train_steps(build_session(TrainConfig.from_cli(flags), here))
+next(steps)
+start = time.monotonic()
+inside = sum(record.step_seconds for record in steps)
+outside = time.monotonic() - start
+print("outside", outside, "inside", inside)
+sys.exit(not 0.99 <= inside / outside <= 1.0)
+"""
+
+
+def test_step_seconds_against_an_outside_clock() -> None:
+    """Within 1 %: the sum over steps against a clock around all of them."""
+    returncode, console = run_processes([sys.executable, "-c", OUTSIDE_CLOCK])
+    assert returncode == 0, console
+
+
+def test_memory_is_the_process_s() -> None:
+    before = memory_use(HERE).host_mib
+    ballast = torch.ones(64 * 2**20)  # 256 MiB, written
+    assert memory_use(HERE).host_mib - before == pytest.approx(256, abs=16)
+    del ballast
+
+
+def test_measured_peak_is_plausible() -> None:
+    assert 1e8 < measured_peak_flops(HERE, "fp32") < 1e14
+
+
+def test_batches_differ_between_ranks_and_repeat() -> None:
+    def first(seed: int, rank: int) -> torch.Tensor:
+        stream = random_tokens(
+            batch_size=4, seq_len=8, vocab=1000, seed=seed, data_parallel_rank=rank, device=torch.device("cpu")
+        )
+        return next(stream)
+
+    assert torch.equal(first(1, 0), first(1, 0))
+    assert not torch.equal(first(1, 0), first(1, 1))
+    assert torch.equal(first(1, 1), first(2, 0)), "seed + rank, as documented"
+    assert first(1, 0).max() < 1000 and first(1, 0).dtype == torch.int64
+
+
+def test_an_explicit_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert detect_type("cpu") == "cpu"
+    import os
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_host_backend_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from commons.colossal.runtime import prepare
+
+    prepare("cpu")
+    from commons.colossal import host_backend
+
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True))
+    with pytest.raises(RuntimeError, match="torch sees a CUDA device"):
+        host_backend.install()
+
+
+def test_free_ports_are_free() -> None:
+    assert len({free_port() for _ in range(5)}) > 1
