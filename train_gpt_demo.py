@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a HuggingFace GPT-2 on random tokens under one of the plans and log TFLOPS and memory every step.
 
-    torchrun --nproc_per_node 2 train_gpt_demo.py --distplan CAI_Gemini --model_type gpt2_tiny
-    python train_gpt_demo.py --help
+One rank of a run. ``bash run_gemini.sh`` starts all of them; so does
+``torchrun --nproc_per_node 2 train_gpt_demo.py``, and plain ``python train_gpt_demo.py`` is a run of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from commons import device
 from commons.config import TrainConfig
 from commons.noise import quiet_libraries
-from commons.sinks import SinkError, open_sinks
+from commons.sinks import open_sinks
 
 
 @record
@@ -22,10 +22,7 @@ def main(argv: list[str]) -> None:
     config = TrainConfig.from_cli(argv)
     quiet_libraries()
     here = device.launch(config.device, config.timeout)
-    try:
-        train(config.named(here.world_size), here)
-    except SinkError as error:
-        sys.exit(f"train_gpt_demo.py: error: {error}")
+    train(config.named(here.world_size), here)
     # only after success: with a rank gone, leaving the group together would hang
     device.teardown()
 

@@ -35,9 +35,7 @@ class FakeSmi:
         if self.failure:
             return self.failure
         if not arguments:
-            return Completed(
-                0, f"| NVIDIA-SMI 550.65    Driver Version: x    CUDA Version: {self.cuda}     |"
-            )
+            return Completed(0, f"| NVIDIA-SMI 550.65    Driver Version: x    CUDA Version: {self.cuda}     |")
         if arguments[0] == "-L":
             return Completed(0, "".join(f"  MIG 1g.18gb  Device 0: (UUID: {uuid})\n" for uuid in self.mig))
         kind, _, fields = arguments[0].partition("=")
@@ -49,9 +47,7 @@ class FakeSmi:
         wrong = next((field for field in fields.split(",") if field in self.unknown), None)
         if wrong:
             return Completed(2, f'Field "{wrong}" is not a valid field to query.\n')
-        return Completed(
-            0, "\n".join(", ".join(gpu[field] for field in fields.split(",")) for gpu in self.gpus)
-        )
+        return Completed(0, "\n".join(", ".join(gpu[field] for field in fields.split(",")) for gpu in self.gpus))
 
 
 def gpu(index: int = 0, **changes: str) -> dict[str, str]:
@@ -129,9 +125,7 @@ class FakeMachine(Machine):
         self.write("/proc/meminfo", "MemTotal: 65000000 kB\nMemAvailable: 60000000 kB\nSwapFree: 0 kB\n")
         lan = "eth1\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
         route = lan + "eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
-        self.write(
-            "/proc/net/route", "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" + route
-        )
+        self.write("/proc/net/route", "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" + route)
 
     def write(self, path: str, text: str = "", executable: bool = False) -> None:
         self.at(path).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import json
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,8 @@ def main(cases_path: str, results_path: str, mode: str = "mended") -> None:
             except (Exception, SystemExit) as error:
                 if mode == "mended":
                     raise  # the other ranks may be waiting in a collective of this case: nothing can follow
-                results.append({"error": f"{type(error).__name__}: {error}"})  # on all ranks alike
+                last = traceback.extract_tb(error.__traceback__)[-1].name
+                results.append({"error": f"{type(error).__name__} in {last}: {error}"})  # on all ranks alike
             gc.collect()
         if here.rank == 0:
             Path(results_path).write_text(json.dumps(results))

@@ -99,9 +99,7 @@ def wsl(tmp_path: Path) -> FakeMachine:
     machine.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(rtx_4070()))
     nvcc = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 11.5, V11.5.119\n"
     machine.install("/usr/bin/nvcc", lambda _: Completed(0, nvcc))
-    machine.libcuda = Libcuda(
-        True, (WSL_LIBCUDA,), (12, 4), 0, (CudaDevice("NVIDIA GeForce RTX 4070", (8, 9)),)
-    )
+    machine.libcuda = Libcuda(True, (WSL_LIBCUDA,), (12, 4), 0, (CudaDevice("NVIDIA GeForce RTX 4070", (8, 9)),))
     machine.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
     return machine.with_environment(WSL_DISTRO_NAME="Ubuntu-22.04").with_torch("2.6.0", "12.4")
 
@@ -151,9 +149,7 @@ def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
     assert why_no_gpu(no_gpu) == "no GPU seen: this machine has no NVIDIA GPU"
     no_gpu.with_torch("2.6.0", "12.4")
     assert not {"torch-cuda", "torch-arch", "torch-gpu", "peer-access"} & set(found(no_gpu))
-    assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(
-        found(no_gpu)
-    )
+    assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(found(no_gpu))
 
 
 # --- the README's eleven cases
@@ -433,6 +429,20 @@ def test_case_9_gpu_used_by_others(linux: FakeMachine) -> None:
     assert explain_failure("torch.OutOfMemoryError: CUDA out of memory.", linux) == [finding]
 
 
+def test_case_9_a_process_counts_however_small(linux: FakeMachine) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), processes=[f"{gpu()['uuid']}, 4711, python, [N/A]"]))
+    assert only(linux).id == "gpu-use.busy"
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), processes=[f"{gpu()['uuid']}, {os.getpid()}, we, 9"]))
+    assert troubles(linux) == {}
+
+
+def test_case_9_where_all_are_taken_the_one_with_most_free_memory(linux: FakeMachine) -> None:
+    cards = [gpu(i, memory__used=used) for i, used in enumerate(("70000", "40000", "60000"))]
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(*cards))
+    linux.libcuda = replace(linux.libcuda, devices=(H100,) * 3)
+    assert "CUDA_VISIBLE_DEVICES=1 " in troubles(linux.with_torch("2.6.0", "12.4"))["gpu-use.busy"].cure
+
+
 def test_case_9_memory_taken_by_processes_that_do_not_show(wsl: FakeMachine) -> None:
     wsl.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(rtx_4070(memory__used="9000")))
     assert only(wsl).id == "gpu-use.busy"
@@ -472,6 +482,9 @@ def test_case_10_killed_for_lack_of_memory(wsl: FakeMachine) -> None:
     assert "3 process" in trouble["cgroup.oom-kills"].title
     assert all(".wslconfig" in finding.cure for finding in trouble.values())
     assert explain_failure("exitcode: -9 (SIGKILL)", wsl) == list(trouble.values())
+    assert "cgroup" not in found(wsl)
+    wsl.write("/.dockerenv")
+    assert troubles(wsl)["memory.little"].cure.startswith("docker run --memory")
 
 
 def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
@@ -565,9 +578,7 @@ def test_cuinit_says_more_than_nvidia_smi(linux: FakeMachine) -> None:
 
 
 def test_stub_is_not_taken_for_a_shadow(wsl: FakeMachine) -> None:
-    wsl.libcuda = Libcuda(
-        True, ("/usr/local/cuda-12.4/targets/x86_64-linux/lib/stubs/libcuda.so",), None, 100
-    )
+    wsl.libcuda = Libcuda(True, ("/usr/local/cuda-12.4/targets/x86_64-linux/lib/stubs/libcuda.so",), None, 100)
     assert only(wsl.with_torch("2.6.0", "12.4")).id == "libcuda.stub"
 
 
@@ -773,12 +784,18 @@ def test_binary_compatibility(capability: tuple[int, int], arch_list: str, fits:
 def test_clocks(linux: FakeMachine, mask: str, expected: bool) -> None:
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(clocks_event_reasons__active=mask)))
     assert list(troubles(linux)) == (["clocks.throttled"] if expected else [])
+    assert ("clocks" in found(linux)) != expected
+    if mask == "[N/A]":
+        assert "do not say" in found(linux)["clocks"].title
 
 
 @pytest.mark.parametrize(("count", "expected"), [("0", False), ("3", True), ("[N/A]", False)])
 def test_ecc(linux: FakeMachine, count: str, expected: bool) -> None:
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(ecc__errors__uncorrected__volatile__total=count)))
     assert list(troubles(linux)) == (["ecc.uncorrected"] if expected else [])
+    assert ("ecc" in found(linux)) != expected
+    if count == "[N/A]":
+        assert "do not count" in found(linux)["ecc"].title
 
 
 def test_peer_access(linux: FakeMachine) -> None:
@@ -813,9 +830,7 @@ def test_two_torches(linux: FakeMachine) -> None:
     assert list(trouble) == ["packages.wrong-version", "duplicates.twice"]
     assert "duplicates" not in found(linux)
     assert trouble["duplicates.twice"].level == "error"
-    assert (
-        "2.1.0 in /opt/other; 2.6.0 in /venv/site-packages; PYTHONPATH=" in trouble["duplicates.twice"].seen
-    )
+    assert "2.1.0 in /opt/other; 2.6.0 in /venv/site-packages; PYTHONPATH=" in trouble["duplicates.twice"].seen
     linux.distributions = (Distribution("numpy", "2.0.0", "/opt/other"), *linux.distributions[1:])
     assert (only(linux).id, only(linux).level) == ("duplicates.twice", "warning")
 
@@ -866,13 +881,15 @@ def test_control_group_of_version_2(linux: FakeMachine) -> None:
     }
     trouble = troubles(linux)
     assert list(trouble) == ["memory.little", "cgroup.few-processes", "cpus.few"]
+    assert trouble["cgroup.few-processes"].seen.endswith(": memory 4.0 GiB, CPUs 0.5, processes 100")
+    assert "cgroup" not in found(linux)
+    linux.write("/sys/fs/cgroup/a/pids.max", "5000\n")
+    assert found(linux)["cgroup"].seen == "version 2: memory 4.0 GiB, CPUs 0.5, processes 5000"
     assert "3.0 GiB are left" in trouble["memory.little"].seen
 
 
 def test_control_group_of_version_1(linux: FakeMachine) -> None:
-    linux.write(
-        "/proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:pids:/docker/abc\n0::/x\n"
-    )
+    linux.write("/proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:pids:/docker/abc\n0::/x\n")
     # the container sees its own group at the root of the mount, not at the host's path
     linux.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2 * GIB}\n")
     linux.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", f"{GIB}\n")
@@ -889,6 +906,7 @@ def test_version_1_without_limits(linux: FakeMachine) -> None:
     linux.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
     linux.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
     assert host.control_group(linux) == host.ControlGroup(1)
+    assert found(linux)["cgroup"].seen == "version 1: no limit"
     assert troubles(linux) == {}
 
 
@@ -918,12 +936,16 @@ def test_locked_memory_matters_to_infiniband_alone(linux: FakeMachine) -> None:
     assert troubles(linux) == {}
     linux.write("/sys/class/infiniband/mlx5_0/x")
     assert only(linux).id == "memlock.small"
+    linux.limits["memlock"] = (None, None)
+    assert troubles(linux) == {}
 
 
 def test_open_files(linux: FakeMachine) -> None:
     linux.limits["nofile"] = (256, 4096)
     assert only(linux).id == "open-files.few"
     assert only(linux).cure == "ulimit -n 4096"
+    linux.limits["nofile"] = (None, None)
+    assert troubles(linux) == {}
 
 
 @pytest.mark.parametrize(
@@ -956,6 +978,30 @@ def test_older_drivers_refuse_fields(linux: FakeMachine) -> None:
     assert smi.smi(linux) is answer
 
 
+@pytest.mark.parametrize("text", ["", "WARNING: infoROM is corrupted at gpu 0000:41:00.0", "0, GPU-1, H100"])
+def test_answers_that_are_no_list_of_gpus(linux: FakeMachine, text: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(failure=Completed(0, text)))
+    assert not smi.smi(linux).gpus
+    assert [name for name in troubles(linux) if name.startswith("driver.")]
+
+
+@pytest.mark.parametrize(
+    ("text", "finding_id", "level"),
+    [
+        ("WARNING: infoROM is corrupted at gpu 0000:41:00.0", "driver.complains", "warning"),
+        (SMI_FAILURES["gpu-lost"], "driver.gpu-lost", "error"),
+    ],
+)
+def test_complaints_beside_a_list_of_gpus(linux: FakeMachine, text: str, finding_id: str, level: str) -> None:
+    rows = FakeSmi(gpu(0), gpu(1))
+    linux.install("/usr/bin/nvidia-smi", lambda given: Completed(14, f"{text}\n{rows(given).stdout}"))
+    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
+    linux.with_torch("2.6.0", "12.4")
+    assert (only(linux).id, only(linux).level) == (finding_id, level)
+    assert text.splitlines()[0] in only(linux).seen
+    assert "2 GPUs" in found(linux)["driver"].title
+
+
 def test_a_driver_that_refuses_everything_is_an_error(linux: FakeMachine) -> None:
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), unknown=["uuid"]))
     assert "driver.fails" in troubles(linux)
@@ -982,9 +1028,7 @@ def test_cuda_of_the_driver(
     linux: FakeMachine, header: str, driver_version: str, expected: tuple[int, int] | None
 ) -> None:
     query = FakeSmi(gpu(driver_version=driver_version))
-    linux.install(
-        "/usr/bin/nvidia-smi", lambda arguments: query(arguments) if arguments else Completed(0, header)
-    )
+    linux.install("/usr/bin/nvidia-smi", lambda arguments: query(arguments) if arguments else Completed(0, header))
     linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 2), 100)
     assert smi.driver_cuda(linux) == expected
     linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 9), 0, (H100,))
@@ -1169,9 +1213,7 @@ def test_real_run_where_nothing_is_installed() -> None:
 def test_text_of_a_real_run_and_wrong_flags() -> None:
     done = run_doctor("--topic", "host")
     assert done.returncode == 0, done.text
-    assert re.search(
-        r"^\d+ ok, \d+ warnings?, 0 errors\. Nothing here stops a training run$", done.stdout, re.M
-    )
+    assert re.search(r"^\d+ ok, \d+ warnings?, 0 errors\. Nothing here stops a training run$", done.stdout, re.M)
     assert "\x1b" not in done.stdout
     wrong = run_doctor("--topic", "colour")
     assert wrong.returncode == 2
@@ -1228,10 +1270,7 @@ def test_a_wrong_sum_is_no_success() -> None:
     assert judge_all_reduce([results[0], results[0]], 2, 1).worked
     assert "not 3.0" in judge_all_reduce(results, 2, 1).error
     crashed = Completed(-signal.SIGSEGV, "", "Fatal Python error")
-    assert (
-        "rank 1: ended by signal 11; Fatal Python error"
-        in judge_all_reduce([results[0], crashed], 2, 1).error
-    )
+    assert "rank 1: ended by signal 11; Fatal Python error" in judge_all_reduce([results[0], crashed], 2, 1).error
 
 
 def test_addresses_of_the_kernels_tables() -> None:
@@ -1275,9 +1314,7 @@ esac
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler to make a libcuda")
-@pytest.mark.parametrize(
-    ("init", "finding_id"), [(100, "libcuda.no-device"), (0, "libcuda"), (999, "libcuda.unknown")]
-)
+@pytest.mark.parametrize(("init", "finding_id"), [(100, "libcuda.no-device"), (0, "libcuda"), (999, "libcuda.unknown")])
 def test_real_library_and_real_nvidia_smi(tmp_path: Path, init: int, finding_id: str) -> None:
     """The way through dlopen, /proc/self/maps and a child process, with a library made here."""
     source = tmp_path / "libcuda.c"

@@ -12,9 +12,7 @@ from commons.doctor.report import as_text, print_json, summary, wants_colour
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m commons.doctor", description="Says why this machine cannot train."
-    )
+    parser = argparse.ArgumentParser(prog="python -m commons.doctor", description="Says why this machine cannot train.")
     parser.add_argument("--json", action="store_true", help="findings as JSON, see commons/doctor/report.py")
     parser.add_argument("--topic", action="append", choices=TOPICS, help="only this topic; may be repeated")
     given = parser.parse_args(arguments)

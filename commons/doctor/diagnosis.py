@@ -119,9 +119,7 @@ def explain_no_gpu(machine: Machine | None = None) -> list[Finding]:
 
 def explain_failure(message: str, machine: Machine | None = None) -> list[Finding]:
     """What here may have caused this error text; empty where it matches nothing known or all is well."""
-    topics = [
-        topic for pattern, found in SYMPTOMS if re.search(pattern, message, re.IGNORECASE) for topic in found
-    ]
+    topics = [topic for pattern, found in SYMPTOMS if re.search(pattern, message, re.IGNORECASE) for topic in found]
     return problems(diagnose(machine, dict.fromkeys(topics)))
 
 

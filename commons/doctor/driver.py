@@ -19,8 +19,7 @@ CONTAINER_WITH_GPUS = {
     "docker": "docker run --gpus all --ipc=host ...   # needs the NVIDIA Container Toolkit on the host",
     "podman": "podman run --device nvidia.com/gpu=all ...   # needs nvidia-ctk cdi generate on the host",
     "apptainer": "apptainer exec --nv ...",
-    "kubernetes": "kubectl explain pod.spec.containers.resources.limits   # the pod must ask for"
-    " nvidia.com/gpu: 1",
+    "kubernetes": "kubectl explain pod.spec.containers.resources.limits   # the pod must ask for nvidia.com/gpu: 1",
 }
 TRAIN_ON_CPU = "bash run_gemini.sh --device cpu"
 
@@ -50,8 +49,7 @@ def system(machine: Machine) -> Iterator[Finding]:
             "unsupported",
             f"{machine.system} is not supported",
             seen=seen,
-            why="Colossal-AI and NCCL run on Linux only; on Windows, WSL 2 is a Linux with access to the"
-            " GPU.",
+            why="Colossal-AI and NCCL run on Linux only; on Windows, WSL 2 is a Linux with access to the GPU.",
             cure="wsl.exe --install   # on Windows, in PowerShell; elsewhere use a Linux machine",
         )
     else:
@@ -86,16 +84,14 @@ SMI_PROBLEMS: Sequence[tuple[str, str, str, str, str]] = (
         r"Driver/library version mismatch",
         "version-mismatch",
         "the NVIDIA driver was updated and the old kernel module is still loaded",
-        "The libraries on disk and the module in the kernel must be of one version; until then CUDA sees no"
-        " GPU.",
+        "The libraries on disk and the module in the kernel must be of one version; until then CUDA sees no GPU.",
         "sudo reboot",
     ),
     (
         r"couldn't communicate with the NVIDIA driver|NVML: Driver Not Loaded",
         "not-loaded",
         "the NVIDIA kernel module is not loaded",
-        "Usually a kernel update for which the module was not built, or Secure Boot refusing an unsigned"
-        " module.",
+        "Usually a kernel update for which the module was not built, or Secure Boot refusing an unsigned module.",
         'sudo modprobe nvidia || sudo dmesg | grep -iE "nvidia|nouveau|secure boot|lockdown"\n'
         "sudo apt-get install --reinstall linux-headers-$(uname -r) && sudo dkms autoinstall && sudo reboot",
     ),
@@ -177,6 +173,9 @@ def smi_failure(machine: Machine, answer: Smi) -> Finding:
         (known for known in SMI_PROBLEMS if re.search(known[0], answer.problem, re.IGNORECASE)),
         UNKNOWN_SMI_PROBLEM,
     )
+    if answer.gpus and cause == UNKNOWN_SMI_PROBLEM[1]:
+        why = "It lists the GPUs all the same; the driver may be about to give one up."
+        return warning("complains", "nvidia-smi complains", seen=seen, why=why, cure=cure)
     if machine.wsl == 2:
         cure = UPDATE_WSL
     elif machine.container:
@@ -195,10 +194,8 @@ def without_nvidia_smi(machine: Machine) -> Finding:
         return error(
             "container",
             "this container was started without the GPUs",
-            seen=f"the host has an NVIDIA GPU ({traces[0]}); no nvidia-smi here; NVIDIA_VISIBLE_DEVICES is"
-            f" {void}",
-            why="A container sees a GPU only if the engine is told to pass it in, with the host's driver"
-            " libraries.",
+            seen=f"the host has an NVIDIA GPU ({traces[0]}); no nvidia-smi here; NVIDIA_VISIBLE_DEVICES is {void}",
+            why="A container sees a GPU only if the engine is told to pass it in, with the host's driver libraries.",
             cure=with_gpus(machine),
         )
     if hardware:
@@ -206,8 +203,7 @@ def without_nvidia_smi(machine: Machine) -> Finding:
         return error(
             "not-installed",
             "there is an NVIDIA GPU and no NVIDIA driver",
-            seen=f"PCI {', '.join(hardware)}; no nvidia-smi"
-            + ("; the kernel uses nouveau" if nouveau else ""),
+            seen=f"PCI {', '.join(hardware)}; no nvidia-smi" + ("; the kernel uses nouveau" if nouveau else ""),
             why="CUDA needs NVIDIA's own driver; nouveau cannot run it.",
             cure="sudo ubuntu-drivers install   # Ubuntu; elsewhere the distribution's NVIDIA driver"
             " package\nsudo reboot",
@@ -221,8 +217,7 @@ def no_gpu(machine: Machine) -> Finding:
             "no-gpu",
             "Windows offers WSL no NVIDIA GPU",
             seen=f"no nvidia-smi in {WSL_LIBRARIES}",
-            why="NVIDIA's Windows driver brings its Linux side along, in that folder; it is missing or too"
-            " old.",
+            why="NVIDIA's Windows driver brings its Linux side along, in that folder; it is missing or too old.",
             cure="nvidia-smi.exe   # in PowerShell: if this fails too, install NVIDIA's driver on"
             f" Windows\n{UPDATE_WSL}",
         )
@@ -274,13 +269,11 @@ def forbidden(machine: Machine, problems: dict[str, str]) -> Finding:
     return error(
         "permission",
         "this user may not open the GPU's device nodes",
-        seen="; ".join(f"{node}: {problem}" for node, problem in problems.items())
-        + f"; their group is {group}",
+        seen="; ".join(f"{node}: {problem}" for node, problem in problems.items()) + f"; their group is {group}",
         why="CUDA then reports that there is no GPU, not that it was forbidden.",
         cure=with_gpus(machine)
         if machine.container
-        else f"sudo usermod -aG {groups} $USER   # then log in again; on a cluster, ask the scheduler for a"
-        " GPU",
+        else f"sudo usermod -aG {groups} $USER   # then log in again; on a cluster, ask the scheduler for a GPU",
     )
 
 
@@ -303,8 +296,7 @@ def wsl_node(machine: Machine) -> Iterator[Finding]:
         "no-dxg",
         "WSL has no /dev/dxg",
         seen=f"kernel {machine.kernel}; no /dev/dxg",
-        why="It is the one device node through which WSL reaches the GPU; an old WSL kernel or Windows"
-        " lacks it.",
+        why="It is the one device node through which WSL reaches the GPU; an old WSL kernel or Windows lacks it.",
         cure=with_gpus(machine) if machine.container else UPDATE_WSL,
     )
 
@@ -364,9 +356,7 @@ def visible_devices(machine: Machine) -> Iterator[Finding]:
     count = len(gpus) or len(machine.libcuda.devices)
     if value is None or not count:
         yield ok(
-            "CUDA_VISIBLE_DEVICES is not set"
-            if value is None
-            else f'CUDA_VISIBLE_DEVICES="{value}", no GPU to hide'
+            "CUDA_VISIBLE_DEVICES is not set" if value is None else f'CUDA_VISIBLE_DEVICES="{value}", no GPU to hide'
         )
         return
     uuids = [gpu.uuid for gpu in gpus]
@@ -382,8 +372,7 @@ def visible_devices(machine: Machine) -> Iterator[Finding]:
         visible.cause,
         f"CUDA_VISIBLE_DEVICES {HIDDEN[visible.cause]}",
         seen=f'CUDA_VISIBLE_DEVICES="{value}"; GPUs here: {there}',
-        why=f'CUDA stops reading at "{visible.culprit}"; what it then sees:'
-        f" {', '.join(visible.entries) or 'no GPU'}.",
+        why=f'CUDA stops reading at "{visible.culprit}"; what it then sees: {", ".join(visible.entries) or "no GPU"}.',
         cure=visible_devices_cure(machine, visible),
     )
 
@@ -430,8 +419,7 @@ def split_gpus(split: Sequence[Gpu], devices: Sequence[str]) -> Finding:
         f"GPU {numbers}: split into {len(devices)} MIG instances",
         seen=", ".join(devices),
         why="A process sees one instance only, and NCCL cannot join instances: one rank is all that works.",
-        cure=f"export CUDA_VISIBLE_DEVICES={devices[0]}\nsudo nvidia-smi -i {numbers} -mig 0   # or whole"
-        " GPUs",
+        cure=f"export CUDA_VISIBLE_DEVICES={devices[0]}\nsudo nvidia-smi -i {numbers} -mig 0   # or whole GPUs",
     )
 
 
@@ -451,8 +439,7 @@ def compute_mode(machine: Machine) -> Iterator[Finding]:
                 "exclusive",
                 f"GPU {gpu.index} takes one process only",
                 seen=f"compute mode {gpu.compute_mode}",
-                why="Training fails with 'devices are busy or unavailable' while any other process is on"
-                " this GPU.",
+                why="Training fails with 'devices are busy or unavailable' while any other process is on this GPU.",
                 cure=f"sudo nvidia-smi -i {gpu.index} -c DEFAULT",
             )
     if gpus and all(gpu.compute_mode in ("Default", None) for gpu in gpus):

@@ -29,8 +29,7 @@ def clocks(machine: Machine) -> Iterator[Finding]:
             f"GPU {index} is slowed down",
             seen=", ".join(reasons),
             why="Every step takes longer, and with several GPUs all wait for this one.",
-            cure=f"nvidia-smi -i {index} -q -d PERFORMANCE,TEMPERATURE,POWER   # then cooling or the power"
-            " supply",
+            cure=f"nvidia-smi -i {index} -q -d PERFORMANCE,TEMPERATURE,POWER   # then cooling or the power supply",
         )
     if gpus and not slowed:
         unknown = all(gpu.throttle_reasons is None for gpu in gpus)
@@ -80,8 +79,7 @@ def gpu_use(machine: Machine) -> Iterator[Finding]:
                 " another GPU:\n"
                 f"export CUDA_VISIBLE_DEVICES={free_gpu(gpus, others)}"
                 if here
-                else f"export CUDA_VISIBLE_DEVICES={free_gpu(gpus, others)}   # the GPU with the most free"
-                " memory",
+                else f"export CUDA_VISIBLE_DEVICES={free_gpu(gpus, others)}   # the GPU with the most free memory",
             )
     if free:
         yield ok("no other process uses the GPUs")
@@ -111,6 +109,5 @@ def peer_access(machine: Machine) -> Iterator[Finding]:
         "some GPUs do not reach each other's memory directly",
         seen=f"pairs without peer access: {pairs}",
         why="NCCL then copies through host memory: correct, and slower the more is exchanged.",
-        cure="nvidia-smi topo -m   # how they are linked; virtualisation or PCI access control (ACS) may"
-        " forbid it",
+        cure="nvidia-smi topo -m   # how they are linked; virtualisation or PCI access control (ACS) may forbid it",
     )

@@ -83,9 +83,7 @@ def whole(value: float | None) -> int | None:
 
 
 def version_2(machine: Machine, places: list[str]) -> ControlGroup:
-    limited = next(
-        (place for place in places if read_number(machine, f"{place}/memory.max") is not None), places[0]
-    )
+    limited = next((place for place in places if read_number(machine, f"{place}/memory.max") is not None), places[0])
     return ControlGroup(
         2,
         whole(smallest([read_number(machine, f"{place}/memory.max") for place in places])),
@@ -111,9 +109,7 @@ def version_1(machine: Machine, controllers: dict[str, str]) -> ControlGroup:
         quota, period = (read_number(machine, f"{place}/cpu.cfs_{part}_us") for part in ("quota", "period"))
         quotas.append(quota / period if quota and period else None)
     memory = places("memory")
-    limited = next(
-        (each for each in memory if read_number(machine, f"{each}/memory.limit_in_bytes")), memory[0]
-    )
+    limited = next((each for each in memory if read_number(machine, f"{each}/memory.limit_in_bytes")), memory[0])
     return ControlGroup(
         1,
         whole(smallest([read_number(machine, f"{place}/memory.limit_in_bytes") for place in memory])),
@@ -223,8 +219,7 @@ def shm(machine: Machine) -> Iterator[Finding]:
             "small",
             f"/dev/shm has only {disk.free_bytes / (1 << 20):.0f} MiB free",
             seen=f"{gib(disk.total_bytes)} in all; docker gives a container 64 MiB unless told otherwise",
-            why="NCCL and data loaders share memory there: 'Bus error', or 'No space left on device' from"
-            " NCCL.",
+            why="NCCL and data loaders share memory there: 'Bus error', or 'No space left on device' from NCCL.",
             cure=cure,
         )
     else:
@@ -244,12 +239,10 @@ def memlock(machine: Machine) -> Iterator[Finding]:
         "locked memory is limited and there is InfiniBand",
         seen=f"ulimit -l: {text}, at most {'unlimited' if hard is None else f'{hard / 1024:.0f} KiB'};"
         f" {', '.join(cards)}",
-        why="NCCL registers its buffers with the network card: 'ibv_reg_mr failed', 'Cannot allocate"
-        " memory'.",
+        why="NCCL registers its buffers with the network card: 'ibv_reg_mr failed', 'Cannot allocate memory'.",
         cure="docker run --ulimit memlock=-1 ..."
         if machine.container
-        else 'echo "* - memlock unlimited" | sudo tee /etc/security/limits.d/memlock.conf   # then log in'
-        " again",
+        else 'echo "* - memlock unlimited" | sudo tee /etc/security/limits.d/memlock.conf   # then log in again',
     )
 
 

@@ -69,8 +69,7 @@ INIT_PROBLEMS: dict[int, tuple[str, str, str, str, str]] = {
         "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
         "compat",
         "a forward-compatibility libcuda was loaded, which this kind of GPU does not take",
-        "NVIDIA's compat package lets data-centre GPUs run newer CUDA on an old driver; GeForce cards"
-        " refuse it.",
+        "NVIDIA's compat package lets data-centre GPUs run newer CUDA on an old driver; GeForce cards refuse it.",
         'export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v compat | paste -sd:)\n'
         "sudo apt-get purge 'cuda-compat-*'",
     ),
@@ -109,8 +108,7 @@ def libcuda(machine: Machine) -> Iterator[Finding]:
             "the toolkit's stub of libcuda is loaded in place of the driver's",
             seen=", ".join(facts.paths),
             why="The stub exists for linking on machines without a driver; it answers no call.",
-            cure='export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v stubs | paste'
-            " -sd:)",
+            cure='export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v stubs | paste -sd:)',
         )
     elif is_shadowed(machine):
         yield shadowed(machine)
@@ -143,9 +141,7 @@ def owning_package(machine: Machine, path: str) -> tuple[str, str]:
     for name in (path, path.removeprefix("/usr")):
         answer = machine.run(["dpkg", "-S", name])
         if answer.returncode == 0 and ": " in answer.stdout:
-            return "sudo apt-get purge", answer.stdout.split(": ")[0].split(",")[0].removesuffix(
-                ":amd64"
-            ).strip()
+            return "sudo apt-get purge", answer.stdout.split(": ")[0].split(",")[0].removesuffix(":amd64").strip()
     answer = machine.run(["rpm", "-qf", "--queryformat", "%{NAME}", path])
     return ("sudo dnf remove", answer.stdout.strip()) if answer.returncode == 0 else ("", "")
 
@@ -190,8 +186,7 @@ def linux_driver_in_wsl(machine: Machine) -> Iterator[Finding]:
             "linux-driver-in-wsl",
             "a Linux NVIDIA driver is installed inside WSL",
             seen=f"{', '.join(others)}; loaded today: {', '.join(machine.libcuda.paths)}",
-            why="The next package update may put its libcuda before the one from Windows, and the GPU is"
-            " gone.",
+            why="The next package update may put its libcuda before the one from Windows, and the GPU is gone.",
             cure=removal(machine, others[0]),
         )
 
@@ -218,8 +213,7 @@ def not_loaded(machine: Machine) -> Iterator[Finding]:
             why="nvidia-smi only manages the GPU; computing on it goes through libcuda.so.1.",
             cure=f"{with_gpus(machine)}   # with -e NVIDIA_DRIVER_CAPABILITIES=compute,utility"
             if machine.container
-            else f"sudo apt-get install libnvidia-compute-{branch}   # or this driver's package of your"
-            " distribution",
+            else f"sudo apt-get install libnvidia-compute-{branch}   # or this driver's package of your distribution",
         )
 
 

@@ -300,9 +300,7 @@ class Machine:
 
     @cached_property
     def libcuda(self) -> Libcuda:
-        environment = {
-            name: value for name, value in self.environment.items() if name != "CUDA_VISIBLE_DEVICES"
-        }
+        environment = {name: value for name, value in self.environment.items() if name != "CUDA_VISIBLE_DEVICES"}
         answer = self.probe("libcuda", timeout_seconds=30, environment=environment)
         answer["devices"] = devices_of(answer)
         answer["paths"] = tuple(answer.get("paths", ()))
@@ -352,9 +350,7 @@ class Machine:
             environment.pop(name, None)
         with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
             commands = [
-                probe_command(
-                    "all-reduce", backend, str(rank), str(ranks), f"{folder}/store", str(timeout_seconds)
-                )
+                probe_command("all-reduce", backend, str(rank), str(ranks), f"{folder}/store", str(timeout_seconds))
                 for rank in range(ranks)
             ]
             results = run_together(commands, environment, timeout_seconds, folder)
@@ -382,9 +378,7 @@ def read_torch_version(folder: Path) -> TorchFiles:
 def judge_all_reduce(results: Sequence[Completed], ranks: int, timeout_seconds: float) -> AllReduce:
     answers = [probe_answer(result, timeout_seconds) for result in results]
     log = "\n".join(result.text for result in results)
-    failed = next(
-        (i for i, answer in enumerate(answers) if "sum" not in answer and not results[i].timed_out), None
-    )
+    failed = next((i for i, answer in enumerate(answers) if "sum" not in answer and not results[i].timed_out), None)
     if failed is None and any(result.timed_out for result in results):
         return AllReduce(False, log=log, error=f"no sum within {timeout_seconds:g} s", timed_out=True)
     if failed is not None:

@@ -11,9 +11,7 @@ from commons.doctor.machine import AllReduce, Machine
 ALL_REDUCE_TIMEOUT_SECONDS = 90.0  # two imports of torch on a busy laptop included
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # interfaces of containers, virtual machines and tunnels: other machines are not reached through them
-VIRTUAL_INTERFACE = re.compile(
-    r"(docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)"
-)
+VIRTUAL_INTERFACE = re.compile(r"(docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)")
 
 
 def wants_several_machines(machine: Machine) -> bool:
@@ -64,8 +62,7 @@ def interface(machine: Machine) -> Iterator[Finding]:
                     "virtual",
                     f"{variable} names an interface that leads to no other machine",
                     seen=f"{variable}={value}",
-                    why="Bridges of containers and tunnels end on this machine: the others wait until the"
-                    " time limit.",
+                    why="Bridges of containers and tunnels end on this machine: the others wait until the time limit.",
                     cure=set_interface(machine),
                 )
     if not wrong:
@@ -90,8 +87,7 @@ def hostname(machine: Machine) -> Iterator[Finding]:
             "unresolved",
             "this machine's own name has no address",
             seen=f"{name}: {answer.get('error', '')}",
-            why="gloo looks it up: a slow start or a failed one, and with several machines only the"
-            " loopback.",
+            why="gloo looks it up: a slow start or a failed one, and with several machines only the loopback.",
             cure=f'echo "127.0.1.1 {name}" | sudo tee -a /etc/hosts\n{set_interface(machine)}',
         )
     elif several and address.startswith("127."):
@@ -130,9 +126,7 @@ def judge(machine: Machine, backend: str, ranks: int) -> Finding:
     result = machine.all_reduce(backend, ranks, ALL_REDUCE_TIMEOUT_SECONDS)
     many = f"{ranks} processes" if ranks > 1 else "one process"
     if result.worked:
-        return ok(
-            f"{many} summed over {backend} in {result.seconds * 1e3:.1f} ms", way(machine, backend, result)
-        )
+        return ok(f"{many} summed over {backend} in {result.seconds * 1e3:.1f} ms", way(machine, backend, result))
     warnings = [line for line in result.log.splitlines() if "NCCL WARN" in line]
     cause = "hangs" if result.timed_out else "fails"
     first = warnings[0].split("NCCL WARN")[-1].strip() if warnings else ""

@@ -22,17 +22,10 @@ def refusal(oldest):
     running = ".".join(str(part) for part in sys.version_info[:3])
     found = newer_pythons(oldest)
     lines = [
-        "error: this suite needs Python "
-        + wanted
-        + " or newer; this is Python "
-        + running
-        + ", "
-        + sys.executable
+        "error: this suite needs Python " + wanted + " or newer; this is Python " + running + ", " + sys.executable
     ]
     if found:
         lines.append("try: " + found[-1] + " -m commons.doctor")
     else:
-        lines.append(
-            "try: sudo apt-get install python3." + str(oldest[1]) + " python3." + str(oldest[1]) + "-venv"
-        )
+        lines.append("try: sudo apt-get install python3." + str(oldest[1]) + " python3." + str(oldest[1]) + "-venv")
     return "\n".join(lines)

@@ -96,11 +96,9 @@ def duplicates(machine: Machine) -> Iterator[Finding]:
         yield finding(
             "twice",
             f"{name} is installed {len(found)} times",
-            seen="; ".join(f"{package.version} in {package.folder}" for package in found)
-            + path_note(machine),
+            seen="; ".join(f"{package.version} in {package.folder}" for package in found) + path_note(machine),
             why="Python takes the first, pip changes one of them, and files of two versions mix.",
-            cure="env -u PYTHONPATH PYTHONNOUSERSITE=1 bash run_gemini.sh   # without other"
-            f" folders\n{REBUILD}",
+            cure=f"env -u PYTHONPATH PYTHONNOUSERSITE=1 bash run_gemini.sh   # without other folders\n{REBUILD}",
         )
     libraries = mixed_cuda_libraries(machine)
     if libraries:
@@ -144,8 +142,7 @@ def mixed(machine: Machine, libraries: list[Distribution]) -> Finding:
         seen=", ".join(f"{package.name} {package.version}" for package in libraries),
         why="nvidia-nccl-cu12 and -cu13, for instance, write the same files: torch loads what came last, and"
         " removing one takes the other's files along.",
-        cure=f"{pip} uninstall -y {' '.join(others)}\n"
-        f"{pip} install --force-reinstall --no-deps {' '.join(needed)}"
+        cure=f"{pip} uninstall -y {' '.join(others)}\n{pip} install --force-reinstall --no-deps {' '.join(needed)}"
         if needed
         else REBUILD,
     )

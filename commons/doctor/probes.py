@@ -28,9 +28,7 @@ def mapped_libraries(name: str) -> list[str]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    paths = {
-        line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines() if name in line
-    }
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines() if name in line}
     return sorted(paths)
 
 

@@ -105,9 +105,7 @@ def run_together(
     ]
 
 
-def start(
-    command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path
-) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path) -> subprocess.Popen[bytes]:
     with out.open("wb") as stdout, err.open("wb") as stderr:
         return subprocess.Popen(
             command,

@@ -67,10 +67,7 @@ def finding_lines(finding: Finding, colour: bool, width: int) -> list[str]:
     lines += wrapped(f"{MARGIN}seen: ", finding.seen, width)
     lines += wrapped(f"{MARGIN}why:  ", finding.why, width)
     # never wrapped: these lines are to be copied
-    lines += [
-        f"{MARGIN}{'cure: ' if i == 0 else '      '}{line}"
-        for i, line in enumerate(finding.cure.splitlines())
-    ]
+    lines += [f"{MARGIN}{'cure: ' if i == 0 else '      '}{line}" for i, line in enumerate(finding.cure.splitlines())]
     return [*lines, f"{MARGIN}id:   {finding.id}"]
 
 
@@ -83,8 +80,6 @@ def wrapped(first: str, text: str, width: int) -> list[str]:
 
 def summary(findings: Sequence[Finding]) -> str:
     counts = as_json(findings)["counts"]
-    text = ", ".join(
-        f"{count} {level}{'s' if level != 'ok' and count != 1 else ''}" for level, count in counts.items()
-    )
+    text = ", ".join(f"{count} {level}{'s' if level != 'ok' and count != 1 else ''}" for level, count in counts.items())
     first = next((finding for finding in findings if finding.level == "error"), None)
     return f"{text}. First: {first.title}" if first else f"{text}. Nothing here stops a training run"

@@ -46,7 +46,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Smi:
-    """path is None where there is no nvidia-smi; problem is its complaint where it gave no list of GPUs."""
+    """path is None where there is no nvidia-smi; problem is whatever it said besides."""
 
     path: str | None
     gpus: tuple[Gpu, ...] = ()
@@ -57,9 +57,7 @@ class Smi:
 def known(text: str) -> str | None:
     """None for [N/A], [Not Supported], [Insufficient Permissions], [Unknown Error] and the like."""
     text = text.strip()
-    return (
-        None if not text or text.startswith("[") or text in ("N/A", "Not Supported", "Not Active") else text
-    )
+    return None if not text or text.startswith("[") or text in ("N/A", "Not Supported", "Not Active") else text
 
 
 def number(text: str) -> float | None:
@@ -119,19 +117,19 @@ def query_gpus(machine: Machine) -> Smi:
 
 
 def read_answer(path: str, asked: list[str], done: Completed) -> Smi:
+    """Lines that are no rows (a warning about one GPU, say) are the problem; the rows count all the same."""
     if done.timed_out:
         return Smi(path, problem="no answer in time", timed_out=True)
-    if done.returncode != 0:
-        return Smi(path, problem=done.text or f"exit code {done.returncode}")
-    gpus = []
-    for line in filter(str.strip, done.stdout.splitlines()):
+    gpus, other = [], []
+    for line in filter(str.strip, done.text.splitlines()):
         values = line.split(",")
-        if len(values) != len(asked) or not values[0].strip().isdigit():
-            return Smi(path, tuple(gpus), problem=done.text)
-        gpus.append(
-            Gpu(**{field: QUERY[field][1](value) for field, value in zip(asked, values, strict=True)})
-        )
-    return Smi(path, tuple(gpus), problem="" if gpus else done.text or "No devices were found")
+        if len(values) == len(asked) and values[0].strip().isdigit():
+            gpus.append(Gpu(**{field: QUERY[field][1](value) for field, value in zip(asked, values, strict=True)}))
+        else:
+            other.append(line.strip())
+    if not gpus and not other:
+        other.append("No devices were found" if done.returncode == 0 else f"exit code {done.returncode}")
+    return Smi(path, tuple(gpus), problem="\n".join(other))
 
 
 def smi(machine: Machine) -> Smi:

@@ -109,11 +109,7 @@ def torch_cuda(machine: Machine) -> Iterator[Finding]:
 def driver_too_old(machine: Machine, newest: str) -> Finding:
     files, gpus = machine.torch_files, smi(machine).gpus
     version = gpus[0].driver_version if gpus else "unknown"
-    branch = (
-        f"driver {DRIVER_BRANCH_FOR_CUDA_13} or newer"
-        if (files.cuda or "").startswith("13")
-        else "a newer driver"
-    )
+    branch = f"driver {DRIVER_BRANCH_FOR_CUDA_13} or newer" if (files.cuda or "").startswith("13") else "a newer driver"
     update = (
         f"# or install {branch} on Windows, never inside WSL, then in PowerShell: wsl.exe --shutdown"
         if machine.wsl == 2
@@ -176,8 +172,7 @@ def no_code(machine: Machine, device: CudaDevice) -> Finding:
     return error(
         "no-code",
         f"torch has no code for {device.name}",
-        seen=f"compute capability {capability}; torch {machine.torch.version} has"
-        f" {' '.join(machine.torch.arch_list)}",
+        seen=f"compute capability {capability}; torch {machine.torch.version} has {' '.join(machine.torch.arch_list)}",
         why=f"The GPU is {age} this build: 'no kernel image is available for execution on the device'.",
         cure=install(machine, version),
     )
@@ -201,8 +196,7 @@ def torch_gpu(machine: Machine) -> Iterator[Finding]:
             "none",
             "torch sees no GPU",
             seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0],
-            why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this"
-            " environment.",
+            why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this environment.",
             cure=f'{machine.python_path} -c "import torch; torch.cuda.init()"   # the whole message',
         )
 
