@@ -48,9 +48,7 @@ class ModelShape:
     vocab: int = 50257
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} {value!r}" for name, value in vars(self).items() if type(value) is not int or value < 1
-        ]
+        wrong = [f"{name} {value!r}" for name, value in vars(self).items() if type(value) is not int or value < 1]
         if wrong:
             raise ValueError(f"a model's shape takes positive integers, got {', '.join(wrong)}")
 
@@ -163,9 +161,7 @@ def _transformers_config(shape: ModelShape, attention: str, dropout: float):
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if shape.hidden % shape.heads:
         nearest = min(_divisors(shape.hidden), key=lambda heads: abs(heads - shape.heads))
-        raise ValueError(
-            f"{shape.heads} heads do not divide the hidden size {shape.hidden}; {nearest} heads would"
-        )
+        raise ValueError(f"{shape.heads} heads do not divide the hidden size {shape.hidden}; {nearest} heads would")
     # 50256 in GPT-2's own vocabulary, which is transformers' default and out of a smaller one
     end_of_text = shape.vocab - 1
     return GPT2Config(

@@ -22,16 +22,19 @@ def main(argv: list[str]) -> None:
     config = TrainConfig.from_cli(argv)
     quiet_libraries()
     here = device.launch(config.device, config.timeout)
-    train(config.named(here.world_size), here)
+    sound = train(config.named(here.world_size), here)
     # only after success: with a rank gone, leaving the group together would hang
-    device.teardown()
+    device.leave(0 if sound else 1)
 
 
-def train(config: TrainConfig, here: device.Device) -> None:
-    """Build the session, train, and let rank 0 log it (collective)."""
+def train(config: TrainConfig, here: device.Device) -> bool:
+    """Build the session, train, and let rank 0 log it (collective); False if --check_parity finds a difference."""
     from commons.engine import build_session, train_steps
     from commons.metrics import summarize
+    from commons.parity import check_parity, with_known_norms
 
+    if config.check_parity:
+        config = with_known_norms(config)
     session = build_session(config, here)
     with open_sinks(session) as sinks:
         records = []
@@ -42,6 +45,7 @@ def train(config: TrainConfig, here: device.Device) -> None:
         summary = summarize(records, config.warmup_step)
         for sink in sinks:
             sink.report(summary)
+    return not config.check_parity or check_parity(session, records)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ class Meter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("adam_kernels.json"))
     arguments, training_flags = parser.parse_known_args()
     config = TrainConfig.from_cli(["--distplan", "CAI_Gemini", *training_flags])
@@ -52,7 +50,7 @@ def main() -> None:
     from colossalai.kernel.extensions import FusedOptimizerCudaExtension
 
     adam = session.trainable.adam  # pyright: ignore[reportAttributeAccessIssue]
-    upstream = FusedOptimizerCudaExtension().load().multi_tensor_adam
+    upstream = FusedOptimizerCudaExtension().load().multi_tensor_adam  # pyright: ignore[reportOptionalMemberAccess]
     from commons.colossal.adam_kernels import CompiledAdam, FusedOptimizerKernel
 
     kernels = {

@@ -45,8 +45,7 @@ def _plans(devices: int) -> list[Case]:
 def _smoke(devices: int) -> list[Case]:
     """Two plans on gpt2_tiny, for a look at the tool itself."""
     return [
-        Case(name, ("--distplan", name, "--model_type", "gpt2_tiny"), devices)
-        for name in ("CAI_Gemini", "Pytorch_DDP")
+        Case(name, ("--distplan", name, "--model_type", "gpt2_tiny"), devices) for name in ("CAI_Gemini", "Pytorch_DDP")
     ]
 
 
@@ -115,13 +114,9 @@ def table(cases: list[Case], results: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", default="plans", choices=SETS)
-    parser.add_argument(
-        "--out", type=Path, default=Path("speed"), help="files to write, without their ending"
-    )
+    parser.add_argument("--out", type=Path, default=Path("speed"), help="files to write, without their ending")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", type=int, help="ranks of the larger cases (default: the visible GPUs)")
     parser.add_argument("--only", help="cases whose label holds this text")
@@ -131,9 +126,7 @@ def main() -> None:
         print("\n".join(f"{name:10}{build.__doc__}" for name, build in SETS.items()))
         return
     devices = arguments.devices or _visible_gpus()
-    cases = [
-        case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label
-    ]
+    cases = [case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label]
     results: dict[str, list[dict]] = {case.label: [] for case in cases}
     for repeat in range(arguments.repeats):
         for case in cases:

@@ -223,8 +223,7 @@ def _heads(job: Job) -> Iterator[str]:
     way_out = f"use --num_heads {_either(counts)}" if counts else "choose a --hidden_size with more divisors"
     if shape.hidden % shape.heads:
         yield (
-            f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden}"
-            f" (--hidden_size): {way_out}"
+            f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
         )
     else:
         degrees = _either(_divisors(shape.heads)[:6])
@@ -259,9 +258,7 @@ def _widths(job: Job) -> Iterator[str]:
     for what, width in widths.items():
         if width % tp:
             degrees = [d for d in _divisors(math.gcd(*widths.values(), shape.heads)) if d <= 64]
-            yield (
-                f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}"
-            )
+            yield (f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}")
 
 
 def _pipeline(job: Job) -> Iterator[str]:
@@ -288,13 +285,16 @@ def _pipeline(job: Job) -> Iterator[str]:
         )
     if pp > 1 and config.zero_stage == 2:
         yield (
-            "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use"
-            " --zero_stage 1 or 0"
+            "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use --zero_stage 1 or 0"
+        )
+    copies = job.world_size // config.model_parallel_size
+    if job.plan is not None and job.plan.pipeline and config.precision == "fp32" and config.zero_stage and copies > 1:
+        yield (
+            f"{job.plan.name} in fp32 shards nothing over data-parallel ranks: use --zero_stage 0, or --precision bf16"
         )
     if pp == 1 and config.num_model_chunks > 1:
         yield (
-            f"--num_model_chunks {config.num_model_chunks} needs a pipeline: use --num_model_chunks 1, or"
-            " --pp_degree 2"
+            f"--num_model_chunks {config.num_model_chunks} needs a pipeline: use --num_model_chunks 1, or --pp_degree 2"
         )
 
 
@@ -304,7 +304,8 @@ ABILITIES: dict[str, tuple[str, ...]] = {
         "placement", *FRACTIONS, "warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "max_prefetch",
         "gemini_hooks",
     ),
-    "tensor_parallel": ("tp_degree", "sequence_parallel"),
+    "tensor_parallel": ("tp_degree",),
+    "sequence_parallel": ("sequence_parallel",),
     "pipeline": ("pp_degree", "num_microbatches", "num_model_chunks", "zero_stage"),
 }  # fmt: skip
 
@@ -390,10 +391,7 @@ def _compile(job: Job) -> Iterator[str]:
             " use --tp_degree 1 --pp_degree 1"
         )
     elif config.gemini_hooks == "operation" and config.distplan == "CAI_Gemini":
-        yield (
-            "--compile on cannot see through --gemini_hooks operation: use --gemini_hooks block, or --compile"
-            " off"
-        )
+        yield ("--compile on cannot see through --gemini_hooks operation: use --gemini_hooks block, or --compile off")
     elif job.plan is not None and job.plan.pipeline:
         yield f"--compile on means nothing to {job.plan.name}: leave it out, or use another --distplan"
     problem = compile_problem(job.device_type)
@@ -405,6 +403,8 @@ def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
         yield "--sequence_parallel on needs tensor parallelism: use --tp_degree 2, or leave it out"
+    if config.check_parity and config.dropout > 0:
+        yield "--check_parity needs a run without chance: use --dropout 0, or leave it out"
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:
@@ -452,10 +452,7 @@ def _output(job: Job) -> Iterator[str]:
             f" --log_dir: use one without '/', for example --run_name {_plain(name)}"
         )
     elif (folder / name / "config.json").exists() and not _is_restart():
-        yield (
-            f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that"
-            " folder away"
-        )
+        yield (f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that folder away")
 
 
 def _is_restart() -> bool:

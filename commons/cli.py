@@ -76,9 +76,7 @@ def _plan_list() -> str:
     from commons.plans import PLANS
 
     width = max(map(len, PLANS)) + 2
-    return "\n".join(
-        ["plans (--distplan):", *(f"  {name:{width}}{plan.summary}" for name, plan in PLANS.items())]
-    )
+    return "\n".join(["plans (--distplan):", *(f"  {name:{width}}{plan.summary}" for name, plan in PLANS.items())])
 
 
 def _size_list() -> str:
@@ -149,9 +147,7 @@ def read_value(name: str, text: str | None, hint: Any, label: str | None = None)
     try:
         return read(text)
     except (ValueError, KeyError):
-        raise ValueError(
-            f"{label} must be {description}, got {text!r}: try {label} {_example(name)}"
-        ) from None
+        raise ValueError(f"{label} must be {description}, got {text!r}: try {label} {_example(name)}") from None
 
 
 WORDS_FOR = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}

@@ -50,12 +50,8 @@ class ModelFlags:
     )
     num_layers: int | None = _flag(None, "transformer blocks, instead of the size's own", "N")
     hidden_size: int | None = _flag(None, "width of the residual stream, instead of the size's own", "N")
-    num_heads: int | None = _flag(
-        None, "attention heads, instead of the size's own; must divide the hidden size", "N"
-    )
-    dropout: float = _flag(
-        0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P"
-    )
+    num_heads: int | None = _flag(None, "attention heads, instead of the size's own; must divide the hidden size", "N")
+    dropout: float = _flag(0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P")
     attention: Literal["sdpa", "eager", "flash"] = _flag(
         "sdpa",
         "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain"
@@ -63,8 +59,7 @@ class ModelFlags:
     )
     activation_checkpointing: Literal["on", "off"] = _flag(
         "off",
-        "on: keep only every block's input and recompute the rest in the backward pass; less memory, a"
-        " third more work",
+        "on: keep only every block's input and recompute the rest in the backward pass; less memory, a third more work",
     )
 
 
@@ -72,9 +67,7 @@ class ModelFlags:
 class PlanFlags:
     _argument_group_name: ClassVar[str] = "Plan"
 
-    distplan: str = _flag(
-        "CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN"
-    )
+    distplan: str = _flag("CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN")
     placement: Literal["auto", "static", "cuda", "cpu", "const"] = _flag(
         "static",
         "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while"
@@ -83,8 +76,7 @@ class PlanFlags:
     )
     shard_param_frac: float | None = _flag(
         None,
-        "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default:"
-        " 1.0)",
+        "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default: 1.0)",
         "FRAC",
     )
     offload_optim_frac: float | None = _flag(
@@ -101,12 +93,8 @@ class PlanFlags:
         "auto: share of device memory kept free of chunks in the first step, before memory use is known",
         "FRAC",
     )
-    steady_cuda_cap_ratio: float = _flag(
-        0.9, "auto: share of device memory that may be used after that", "FRAC"
-    )
-    max_prefetch: int = _flag(
-        0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N"
-    )
+    steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
+    max_prefetch: int = _flag(0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N")
     gemini_hooks: Literal["block", "operation"] = _flag(
         "block",
         "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"
@@ -116,19 +104,15 @@ class PlanFlags:
     pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
     zero_stage: int = _flag(
         1,
-        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2:"
-        " gradients too",
+        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too",
         "N",
     )
     num_microbatches: int | None = _flag(
         None,
-        "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else"
-        " batch_size)",
+        "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else batch_size)",
         "N",
     )
-    num_model_chunks: int = _flag(
-        1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N"
-    )
+    num_model_chunks: int = _flag(1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N")
     sequence_parallel: Literal["on", "off"] = _flag(
         "off", "on: share activations between the tensor-parallel blocks along the sequence too"
     )
@@ -147,9 +131,7 @@ class BatchFlags:
     train_step: int = _flag(10, "optimizer steps in all", "N")
     warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
     grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
-    seed: int = _flag(
-        42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N"
-    )
+    seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
 
 
 @dataclass(frozen=True)
@@ -193,8 +175,7 @@ class OutputFlags:
     log_dir: str = _flag("gemini_logs", "folder that holds a folder a run", "DIR")
     run_name: str | None = _flag(
         None,
-        "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and"
-        " time)",
+        "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and time)",
         "NAME",
     )
     measure_peak: bool = _flag(
@@ -246,9 +227,7 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
             chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
         batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
-        unset = {
-            name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None
-        }
+        unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
     def shape(self) -> ModelShape:
@@ -290,9 +269,7 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         """With a ``run_name``: the one given, else the default for this moment."""
         if self.run_name is not None:
             return self
-        return dataclasses.replace(
-            self, run_name=self.default_run_name(world_size, time.strftime("%Y%m%d-%H%M%S"))
-        )
+        return dataclasses.replace(self, run_name=self.default_run_name(world_size, time.strftime("%Y%m%d-%H%M%S")))
 
     def as_dict(self) -> dict[str, Any]:
         """For config.json: every setting by its flag's name, in the order of --help."""

@@ -246,9 +246,7 @@ class StepLines:
         chosen = [column for column in COLUMNS if column.title in self._known]
         importance = {column: column.importance for column in chosen}
         if "peak MiB" not in self._known:  # without a device the host's memory is the memory, not an extra
-            importance = {
-                column: 7 if column.title == "host MiB" else importance[column] for column in chosen
-            }
+            importance = {column: 7 if column.title == "host MiB" else importance[column] for column in chosen}
         while len(chosen) > 1 and self._width_of(chosen, gap=1) > self._width:
             chosen.remove(min(chosen, key=importance.__getitem__))
         self._columns = tuple(chosen)
@@ -319,11 +317,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[Text]:
         ("skipped for overflow", _steps_if_any(summary, "skipped_steps"), ALARMS[OVERFLOW]),
         ("loss not finite", _steps_if_any(summary, "nonfinite_loss_steps"), ALARMS["nan"]),
     ]
-    lines += [
-        Text.assemble(title.ljust(FIGURE_WIDTH), "    ", (text, style))
-        for title, text, style in figures
-        if text
-    ]
+    lines += [Text.assemble(title.ljust(FIGURE_WIDTH), "    ", (text, style)) for title, text, style in figures if text]
     return [Text(), *lines, Text()]
 
 

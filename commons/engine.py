@@ -146,9 +146,7 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
             yield _record(session, step, lr, loss, update, skipped_steps, timing)
 
 
-def _train_step(
-    session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock
-) -> tuple[torch.Tensor, Update]:
+def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock) -> tuple[torch.Tensor, Update]:
     """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on
     the device.
     """
@@ -190,8 +188,7 @@ def _record(
     step_seconds, pipelined = slowest["step_seconds"], session.config.pp_degree > 1
     flops = _flops_per_token(session)
     model_tflops, hardware_tflops = (
-        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size)
-        for count in flops
+        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size) for count in flops
     )
     return metrics.StepRecord(
         step=step,

@@ -83,9 +83,7 @@ def describe_environment(
 def relevant_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that matter to a run, sorted; no other variable is ever recorded."""
     return {
-        name: environ[name]
-        for name in sorted(environ)
-        if name in LAUNCH_VARIABLES or MACHINE_VARIABLE.fullmatch(name)
+        name: environ[name] for name in sorted(environ) if name in LAUNCH_VARIABLES or MACHINE_VARIABLE.fullmatch(name)
     }
 
 

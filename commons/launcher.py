@@ -59,8 +59,7 @@ FLAG_VARIABLES = {
 
 # Environment variables that say what to start; they have no flag.
 JOB_VARIABLES = {
-    "GPUNUM": "processes on this machine, one a GPU (default: what the degrees need; without a GPU at least"
-    " 2)",
+    "GPUNUM": "processes on this machine, one a GPU (default: what the degrees need; without a GPU at least 2)",
     "NNODES": "machines in all; start the same command on each (default: 1)",
     "NODE_RANK": "which of them this is, from 0",
     "MASTER_ADDR": "name or address of machine 0",
@@ -68,9 +67,7 @@ JOB_VARIABLES = {
 }
 
 # Settings of the Colossal-AI example's launcher that mean nothing here.
-OBSOLETE_VARIABLES = {
-    "USE_SHARD_INIT": "models are always built without filling memory first, where that helps"
-}
+OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
 OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
 
 # Runs in a rank before the script: the kernel is to kill it when the launcher dies in whatever way (prctl(2),
@@ -180,10 +177,7 @@ def _obsolete(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[str]:
     given = [name for name in OBSOLETE_VARIABLES if environ.get(name)]
     given += [flag for flag in OBSOLETE_FLAGS if flag in argv]
     for name in given:
-        yield (
-            f"warning: {name} has no meaning any more and is ignored:"
-            f" {(OBSOLETE_VARIABLES | OBSOLETE_FLAGS)[name]}"
-        )
+        yield (f"warning: {name} has no meaning any more and is ignored: {(OBSOLETE_VARIABLES | OBSOLETE_FLAGS)[name]}")
 
 
 def read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -> CommandLine:
@@ -208,9 +202,7 @@ def _name_variable(problem: str, environ: Mapping[str, str], flags: Mapping[str,
     return f"{problem} [{', '.join(sources)} in the environment]" if sources else problem
 
 
-def read_nodes(
-    environ: Mapping[str, str], model_parallel_size: int, device_type: str
-) -> tuple[Nodes, list[str]]:
+def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type: str) -> tuple[Nodes, list[str]]:
     """The job's machines from the environment variables, and what is wrong with these.
 
     Without GPUNUM as many processes are started as one copy of the model needs; on CPUs two or more, to be a
@@ -285,10 +277,7 @@ def _card(launch: Launch) -> dict[str, Any]:
     # where a machine keeps its logs is its own affair
     del settings["log_dir"], settings["run_name"], settings["quiet"]
     return {
-        **{
-            f"the version of {package}": installed(package)
-            for package in ("torch", "colossalai", "transformers")
-        },
+        **{f"the version of {package}": installed(package) for package in ("torch", "colossalai", "transformers")},
         "the version of python": ".".join(map(str, sys.version_info[:2])),
         "NNODES": launch.nodes.count,
         "the number of ranks (GPUNUM)": launch.nodes.ranks_per_node,
@@ -431,10 +420,7 @@ def _ending(failure: ProcessFailure) -> str:
     name = failure.signal_name()
     if name != "SIGKILL":
         return f"killed by {name}"
-    return (
-        f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower"
-        " --batch_size"
-    )
+    return f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower --batch_size"
 
 
 if __name__ == "__main__":

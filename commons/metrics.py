@@ -189,9 +189,7 @@ DATACENTER_PEAKS = (
     PeakRates(r"h800", 989.4, 989.4, 66.9, "H800 datasheet, SXM"),
     PeakRates(r"h800 pcie", 756, 756, 51.2, "H800 datasheet, PCIe"),
     PeakRates(r"h20", 148, 148, 44, "H20 datasheet"),
-    PeakRates(
-        r"a[18]00([ -](sxm4?|pcie|40gb|80gb))*", 312, 312, 19.5, "A100 datasheet; A800 differs in NVLink only"
-    ),
+    PeakRates(r"a[18]00([ -](sxm4?|pcie|40gb|80gb))*", 312, 312, 19.5, "A100 datasheet; A800 differs in NVLink only"),
     PeakRates(r"a800 40gb active", 312, 312, 19.5, "A800 40GB Active datasheet"),
     PeakRates(r"a40", 149.7, 149.7, 37.4, "A40 datasheet"),
     PeakRates(r"a30", 165, 165, 10.3, "A30 datasheet"),
@@ -206,9 +204,7 @@ DATACENTER_PEAKS = (
     PeakRates(r"(tesla )?t4", None, 65, 8.1, "T4 datasheet"),
     PeakRates(r"(quadro )?rtx a6000", 154.8, 154.8, 38.7, "GA102 architecture whitepaper, RTX A6000"),
     PeakRates(r"rtx 6000 ada generation", 364.2, 364.2, 91.1, "Ada professional whitepaper, RTX 6000 Ada"),
-    PeakRates(
-        r"rtx pro 6000 blackwell workstation edition", 503.8, 503.8, 126.0, "RTX Blackwell PRO whitepaper"
-    ),
+    PeakRates(r"rtx pro 6000 blackwell workstation edition", 503.8, 503.8, 126.0, "RTX Blackwell PRO whitepaper"),
     PeakRates(
         r"rtx pro 6000 blackwell max-q workstation edition",
         438.9,
@@ -300,9 +296,7 @@ def peak_rates(device_name: str) -> PeakRates | None:
 
 # fields that number things; a median of them says nothing
 _UNMEASURED = {"step", "skipped_steps", "device_memory_peak_rank", "host_memory_peak_rank"}
-MEASURED_FIELDS = tuple(
-    field.name for field in dataclasses.fields(StepRecord) if field.name not in _UNMEASURED
-)
+MEASURED_FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _UNMEASURED)
 STATISTICS = {"median": 0.5, "p10": 0.1, "p90": 0.9}
 
 
@@ -359,9 +353,7 @@ def quantile(ordered: Sequence[float], fraction: float) -> float:
 def _peak(records: Sequence[StepRecord], field: str, rank_field: str) -> tuple[float | None, int | None]:
     """The largest value of ``field`` over ``records`` and the rank that had it."""
     known = [
-        record
-        for record in records
-        if getattr(record, field) is not None and math.isfinite(getattr(record, field))
+        record for record in records if getattr(record, field) is not None and math.isfinite(getattr(record, field))
     ]
     if not known:
         return None, None

@@ -123,9 +123,7 @@ def _wait_for(store: TCPStore, keys: Mapping[int, str], timeout_seconds: float) 
         try:
             missing = {node: key for node, key in missing.items() if not store.check([key])}
         except RuntimeError:
-            raise MeetingError(
-                "node 0 went away while the nodes were meeting: its own screen says why"
-            ) from None
+            raise MeetingError("node 0 went away while the nodes were meeting: its own screen says why") from None
         if missing and time.monotonic() > deadline:
             late = ", ".join(map(str, missing))
             raise MeetingError(

@@ -52,6 +52,11 @@ KNOWN_WARNINGS = (
     ),
     KnownWarning(
         FutureWarning,
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        "Colossal-AI's pipeline unpickles messages; the newer spelling does the same",
+    ),
+    KnownWarning(
+        FutureWarning,
         r"The pynvml package is deprecated",
         "torch, at import: about another package's name, nothing to do with the run",
     ),

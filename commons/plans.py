@@ -30,6 +30,7 @@ class Plan:
         precisions: what ``--precision`` may be.
         placement: takes ``--placement`` and its fractions.
         tensor_parallel, pipeline: takes ``--tp_degree``, ``--pp_degree`` above 1.
+        sequence_parallel: takes ``--sequence_parallel`` beside tensor parallelism.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     precisions: tuple[str, ...] = ALL_PRECISIONS
     placement: bool = False
     tensor_parallel: bool = False
+    sequence_parallel: bool = False
     pipeline: bool = False
 
 
@@ -76,7 +78,7 @@ PLANS: dict[str, Plan] = {
     for plan in (
         Plan(
             "CAI_Gemini",
-            "Colossal-AI Gemini: parameters, gradients and optimizer states in sharded chunks that can live on the host (ZeRO-3)",
+            "Colossal-AI Gemini: parameters, gradients and optimizer states in sharded chunks, on device or host",
             _gemini,
             precisions=("bf16", "fp16"),
             placement=True,
@@ -87,14 +89,13 @@ PLANS: dict[str, Plan] = {
             "Colossal-AI tensor and pipeline parallelism, with ZeRO 0, 1 or 2 over the data-parallel ranks",
             _hybrid,
             tensor_parallel=True,
+            sequence_parallel=True,
             pipeline=True,
         ),
         Plan("CAI_ZeRO1", "Colossal-AI ZeRO-1: optimizer states sharded", _zero(1)),
         Plan("CAI_ZeRO2", "Colossal-AI ZeRO-2: optimizer states and gradients sharded", _zero(2)),
         Plan("Pytorch_DDP", "torch DistributedDataParallel: everything replicated", _torch("ddp")),
-        Plan(
-            "Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")
-        ),
+        Plan("Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")),
         Plan(
             "Pytorch_FSDP",
             "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)",

@@ -249,9 +249,7 @@ class ConsoleSink:
         close_file: whether close() closes the console's file.
     """
 
-    def __init__(
-        self, console: Console, name: str, step_lines: StepLines | None, close_file: bool = False
-    ) -> None:
+    def __init__(self, console: Console, name: str, step_lines: StepLines | None, close_file: bool = False) -> None:
         self._console, self._name, self._step_lines = console, name, step_lines
         self._close_file = close_file
 

@@ -26,9 +26,7 @@ INITIAL_LOSS_SCALE = 2.0**16
 class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
         self._autocast_dtype = DTYPES[config.precision] if autocast and config.precision != "fp32" else None
@@ -47,9 +45,7 @@ class TorchTrainable:
         return nullcontext()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(
-            self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None
-        ):
+        with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -99,9 +95,7 @@ def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> Tor
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = dist.init_device_mesh(device.type, (device.world_size,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if config.precision == "fp32" else DTYPES[config.precision]
-    )
+    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else DTYPES[config.precision])
     for block in model.transformer.h:  # pyright: ignore
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

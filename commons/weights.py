@@ -13,9 +13,7 @@ from torch import nn
 INIT_STD = 0.02
 
 
-def seeded_init_(
-    model: nn.Module, seed: int, device: torch.device, round_to: torch.dtype | None = None
-) -> None:
+def seeded_init_(model: nn.Module, seed: int, device: torch.device, round_to: torch.dtype | None = None) -> None:
     """Draw GPT-2's initial weights in place, each parameter from a generator of its own, seeded by ``seed``
     and its name.
 
@@ -41,9 +39,7 @@ def seeded_init_(
                 param.fill_(1.0)
             else:
                 generator = torch.Generator(device=device).manual_seed(seed ^ zlib.crc32(name.encode()))
-                param.normal_(
-                    0.0, residual_std if name.endswith("c_proj.weight") else INIT_STD, generator=generator
-                )
+                param.normal_(0.0, residual_std if name.endswith("c_proj.weight") else INIT_STD, generator=generator)
                 if round_to is not None:
                     param.copy_(param.to(round_to))
 

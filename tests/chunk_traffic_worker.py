@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,16 +39,14 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
         return originals[2](chunk, to, *args, **kwargs)
 
     steps = train_steps(session)
-    next(
-        steps
-    )  # the first step finds the chunks where the optimizer put them, the next ones where a step leaves them
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = gather, reduce, move
+    next(steps)  # the first step finds the chunks where the optimizer put them, the next ones where a step leaves them
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = gather, reduce, move  # pyright: ignore
     try:
         next(steps)
     finally:
         dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = originals
     counts["gathers"] -= 1  # the record's own all-gather of a few numbers
-    model = session.trainable.model
+    model: Any = session.trainable.model
     return list(model.chunk_manager.get_chunks(model.fp16_params)), counts
 
 

@@ -58,7 +58,11 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 def run_processes(
-    command: list[str], *, seconds: float = RUN_SECONDS, cwd: Path = REPOSITORY, **environment: str
+    command: list[str],
+    *,
+    environment: dict[str, str] | None = None,
+    seconds: float = RUN_SECONDS,
+    cwd: Path = REPOSITORY,
 ) -> tuple[int, str]:
     """Run a command in a session of its own; at its end, or the time limit's, no process of it is left.
 
@@ -68,7 +72,7 @@ def run_processes(
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=clean_environment(**environment),
+        env=clean_environment(**environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,11 +103,11 @@ def launch(log_dir: Path, *flags: str, ranks: int = 1, **environment: str) -> Fi
         name,
         *flags,
     ]
-    returncode, console = run_processes(command, GPUNUM=str(ranks), **environment)
+    returncode, console = run_processes(command, environment={"GPUNUM": str(ranks), **environment})
     return FinishedRun(returncode, console, log_dir / name)
 
 
 def torchrun(script: Path, ranks: int, *arguments: str, **environment: str) -> tuple[int, str]:
     """Run a worker script of the tests under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return run_processes([*command, str(script), *arguments], **environment)
+    return run_processes([*command, str(script), *arguments], environment=environment)

@@ -15,7 +15,14 @@ prepare("cpu")
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader  # noqa: E402
 
 from commons.colossal import adam_kernels  # noqa: E402
-from commons.colossal.adam_kernels import AdamSettings, CompiledAdam, SuiteAdam, fused_adam, merge_neighbours  # noqa: E402
+from commons.colossal.adam_kernels import (
+    AdamSettings,
+    CompiledAdam,
+    SuiteAdam,
+    TensorQuad,
+    fused_adam,
+    merge_neighbours,
+)
 
 SIZES = [2_000_000, 99_936, 64, 1]
 SETTINGS = AdamSettings(
@@ -30,11 +37,12 @@ SETTINGS = AdamSettings(
 )
 
 
-def quads(dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+def quads(dtype: torch.dtype) -> list[TensorQuad]:
     """Parameters, gradients and moments, each side by side in one piece of memory."""
     generator = torch.Generator().manual_seed(1)
     param, grad, exp_avg, exp_avg_sq = (torch.randn(sum(SIZES), generator=generator) for _ in range(4))
-    return list(zip(*(t.split(SIZES) for t in (param, grad.to(dtype), exp_avg, exp_avg_sq.abs())), strict=True))
+    pieces = (tensor.split(SIZES) for tensor in (param, grad.to(dtype), exp_avg, exp_avg_sq.abs()))
+    return list(zip(*pieces, strict=True))
 
 
 def expected(settings: AdamSettings, dtype: torch.dtype) -> torch.Tensor:
@@ -95,7 +103,8 @@ def test_neighbours_become_one_run() -> None:
     given = quads(torch.bfloat16)
     assert [quad[0].numel() for quad in merge_neighbours(given)] == [sum(SIZES)]
     # a gap in any of the four is a border
-    apart = [*given[:1], (given[1][0], given[1][1].clone(), *given[1][2:]), *given[2:]]
+    first, second, *rest = given
+    apart = [first, (second[0], second[1].clone(), second[2], second[3]), *rest]
     assert [quad[0].numel() for quad in merge_neighbours(apart)] == [SIZES[0], SIZES[1], SIZES[2] + SIZES[3]]
 
 

@@ -29,9 +29,7 @@ ABLE = dataclasses.replace(
 )
 
 
-def found(
-    *, world_size: Any = 1, device: Any = "cpu", gpu_count: Any = 0, plan: Any = ABLE, **settings: Any
-) -> str:
+def found(*, world_size: Any = 1, device: Any = "cpu", gpu_count: Any = 0, plan: Any = ABLE, **settings: Any) -> str:
     """All problems of these settings as one text."""
     config = TrainConfig(**settings)
     return "\n".join(problems(config.resolve(device), world_size, device, gpu_count, plan))
@@ -155,9 +153,7 @@ UNREADABLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"), UNREADABLE, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
-)
+@pytest.mark.parametrize(("argv", "message"), UNREADABLE, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_what_cannot_be_read_is_told(argv: list[str], message: str) -> None:
     wrong = read(*argv)[1]
     assert message in wrong
@@ -172,9 +168,7 @@ def test_unreadable_values_count_as_not_given() -> None:
 # ---- checks
 
 
-@pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(TrainConfig) if isinstance(f.default, float)]
-)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if isinstance(f.default, float)])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_no_number_may_be_nan_or_infinite(name: str, value: str) -> None:
     assert f"--{name} must be a finite number, got {value}: try --{name}" in read(f"--{name}={value}")[1]
@@ -373,10 +367,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_made(tmp_path: Path) -> No
     assert done.stderr.startswith(f"{len(MANY_MISTAKES) - 1} problems with the settings")  # log_dir is right
     for flag in MANY_MISTAKES:
         name = flag.split("=")[0]
-        assert (
-            name == "--log_dir"
-            or sum(line.startswith(f"  - {name} ") for line in done.stderr.splitlines()) == 1
-        )
+        assert name == "--log_dir" or sum(line.startswith(f"  - {name} ") for line in done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
     assert children_cpu_seconds() - start < 10

@@ -97,12 +97,18 @@ def test_file_tree_is_complete() -> None:
     tree = section("The house")
     named = re.findall(r"^ *([\w./-]+\.(?:py|sh|md|txt|toml)|[\w./-]+/|\.ci/run)(?= |$)", tree, re.MULTILINE)
     files = tracked_files()
-    modules = {Path(name).name for name in files if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/"))}
+    modules = {
+        Path(name).name for name in files if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/"))
+    }
     modules -= {"__init__.py", "__main__.py"}
     missing = modules - {Path(name).name for name in named} - doctor_modules(files)
     assert not missing, f"not in README.md's tree: {sorted(missing)}"
-    existing = {Path(name).name for name in files} | {f"{parent.name}/" for name in files for parent in Path(name).parents}
-    gone = [name for name in named if name.removesuffix("/").split("/")[-1] not in {e.removesuffix("/") for e in existing}]
+    existing = {Path(name).name for name in files} | {
+        f"{parent.name}/" for name in files for parent in Path(name).parents
+    }
+    gone = [
+        name for name in named if name.removesuffix("/").split("/")[-1] not in {e.removesuffix("/") for e in existing}
+    ]
     assert not gone, f"in README.md's tree but not there: {gone}"
 
 
@@ -117,14 +123,18 @@ def test_run_folder_files() -> None:
 
 
 def test_model_zoo_prints_its_table() -> None:
-    printed = subprocess.run([sys.executable, "model_zoo.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "model_zoo.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     for name, shape in MODEL_SIZES.items():
         assert name in printed.stdout and f"{parameter_count(shape):,}" in printed.stdout
 
 
 def test_no_private_paths_or_registries() -> None:
     """No path of the machine that it was written on, and no package registry's host, in any file."""
-    forbidden = re.compile(r"/work/(main|shared|\.library)|/opt/(wheels|pypi)|pypi\.org|files\.pythonhosted|registry\.npmjs")
+    forbidden = re.compile(
+        r"/work/(main|shared|\.library)|/opt/(wheels|pypi)|pypi\.org|files\.pythonhosted|registry\.npmjs"
+    )
     for name in tracked_files() - {"tests/test_docs.py"}:
         try:
             text = (REPOSITORY / name).read_text()

@@ -39,9 +39,7 @@ TIMEOUT_SECONDS = 240
 
 def pins(*files: str) -> list[Requirement]:
     """The requirements of this repository's files, without comments."""
-    lines = [
-        line.split("  #")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()
-    ]
+    lines = [line.split("  #")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -51,9 +49,7 @@ def pinned_version(requirement: Requirement) -> str:
     return specifier.version
 
 
-def make_wheel(
-    folder: Path, name: str, version: str, requires: tuple[str, ...] = (), payload: bytes = b""
-) -> None:
+def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = (), payload: bytes = b"") -> None:
     """A wheel with one module, <name>.py, that a test can look for."""
     module = name.replace("-", "_")
     info = f"{module}-{version}.dist-info"
@@ -61,15 +57,9 @@ def make_wheel(
     with zipfile.ZipFile(folder / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{module}.py", f"__version__ = {version!r}\n")
         wheel.writestr(f"{module}.bin", payload)
-        wheel.writestr(
-            f"{info}/METADATA", metadata + "".join(f"Requires-Dist: {need}\n" for need in requires)
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(
-            f"{info}/RECORD", "".join(f"{file},,\n" for file in (*wheel.namelist(), f"{info}/RECORD"))
-        )
+        wheel.writestr(f"{info}/METADATA", metadata + "".join(f"Requires-Dist: {need}\n" for need in requires))
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*wheel.namelist(), f"{info}/RECORD")))
 
 
 @pytest.fixture(scope="session")
@@ -241,9 +231,7 @@ def test_dev_adds_the_test_tools_and_keeps_the_rest_ready(installed: Machine) ->
     assert installed.install("--dev").stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("file", "package"), [("requirements.txt", "rich"), ("requirements-dev.txt", "ruff")]
-)
+@pytest.mark.parametrize(("file", "package"), [("requirements.txt", "rich"), ("requirements-dev.txt", "ruff")])
 def test_new_pins_are_installed(installed: Machine, tmp_path: Path, file: str, package: str) -> None:
     options = () if file == "requirements.txt" else ("--dev",)
     installed.install(*options)
@@ -437,9 +425,7 @@ def answering(version: str) -> str:
 def test_python_too_old(machine: Machine) -> None:
     machine.put("python3", 'if [ "$1" = -c ]; then echo "3.8 venv"; else exit 1; fi')
 
-    assert_one_error(
-        machine.install(), "Python 3.10 to 3.12 is needed, found 3.8", "apt-get install python3.12"
-    )
+    assert_one_error(machine.install(), "Python 3.10 to 3.12 is needed, found 3.8", "apt-get install python3.12")
     assert not (machine.venv / "bin").exists()
 
 
@@ -491,9 +477,7 @@ def test_no_network(machine: Machine) -> None:
 
 
 def test_package_that_the_index_does_not_have(machine: Machine, tmp_path: Path) -> None:
-    assert_one_error(
-        machine.install(PIP_FIND_LINKS=str(tmp_path)), "No matching distribution found for torch==2.13.0"
-    )
+    assert_one_error(machine.install(PIP_FIND_LINKS=str(tmp_path)), "No matching distribution found for torch==2.13.0")
 
 
 def test_too_little_space_is_told_before_anything_is_installed(machine: Machine) -> None:
@@ -535,9 +519,7 @@ def test_disk_that_fills_up_while_pip_installs(installed: Machine, small_disk: P
     file = installed.repo / "requirements.txt"
     file.write_text(file.read_text().replace("torch==2.13.0", "torch==2.13.1"))
 
-    done = installed.install(
-        GEMINI_VENV=str(small_disk / "venv"), PIP_FIND_LINKS=f"{installed.wheels} {large}"
-    )
+    done = installed.install(GEMINI_VENV=str(small_disk / "venv"), PIP_FIND_LINKS=f"{installed.wheels} {large}")
 
     assert_one_error(done, "disk full", "GEMINI_VENV")
 
@@ -553,9 +535,7 @@ def test_disk_full_to_the_last_byte(machine: Machine, small_disk: Path) -> None:
 
 def test_place_that_cannot_be_written(machine: Machine) -> None:
     # root may write anywhere but here
-    assert_one_error(
-        machine.install(GEMINI_VENV="/sys/gemini-venv"), "cannot make /sys/gemini-venv", "not writable"
-    )
+    assert_one_error(machine.install(GEMINI_VENV="/sys/gemini-venv"), "cannot make /sys/gemini-venv", "not writable")
 
 
 def test_file_in_the_way(machine: Machine) -> None:
@@ -738,9 +718,7 @@ def test_run_tests_ended_by_a_signal_ends_everything(tests_machine: Machine, end
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
 def test_every_package_is_pinned_once_for_every_tested_python(python: str) -> None:
     names = [
-        pin.name
-        for pin in pins(*REQUIREMENTS)
-        if not pin.marker or pin.marker.evaluate({"python_version": python})
+        pin.name for pin in pins(*REQUIREMENTS) if not pin.marker or pin.marker.evaluate({"python_version": python})
     ]
 
     assert sorted(names) == sorted(set(names))
@@ -784,9 +762,7 @@ def test_torch_versions(version: str, verdict: str) -> None:
 
 def test_complete_environment_has_no_findings() -> None:
     every = {pin.name: pinned_version(pin) for pin in pins(*REQUIREMENTS)}
-    python_is_tested = (
-        versions.compare("Python", "{}.{}".format(*sys.version_info), versions.PYTHON, "") is None
-    )
+    python_is_tested = versions.compare("Python", "{}.{}".format(*sys.version_info), versions.PYTHON, "") is None
 
     assert python_is_tested == (versions.check_environment(tests=True, version_of=every.get) == [])
 

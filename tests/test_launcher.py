@@ -115,9 +115,7 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         " world=os.environ['WORLD_SIZE'])\nprint(f'out of rank {rank}\\n', end=''); print(f'err of rank"
         " {rank}\\n', end='', file=sys.stderr)"
     )
-    run = Launched(
-        tmp_path, body, "--lr=0.5", "--quiet", TRAIN_STEP="7", SEQ_LEN="", USE_SHARD_INIT="True"
-    ).wait()
+    run = Launched(tmp_path, body, "--lr=0.5", "--quiet", TRAIN_STEP="7", SEQ_LEN="", USE_SHARD_INIT="True").wait()
     assert run.code == 0, run.stderr
     assert re.fullmatch(RUN_NAME, run.run_dir().name)
     assert sorted(run.stdout.splitlines()) == ["out of rank 0", "out of rank 1"]
@@ -299,9 +297,7 @@ if rank == 0:
 
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 77, 0, 0))
     command = [sys.executable, "-c", LAUNCH, str(tmp_path / "training.py")]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdin=slave, stdout=slave, stderr=slave
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     shown = read_all(master)
     assert process.wait(timeout=30) == 0, shown
@@ -432,17 +428,13 @@ def test_as_many_ranks_as_the_degrees_need() -> None:
     ],
     ids=str,
 )
-def test_wrong_variables_are_named(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str
-) -> None:
+def test_wrong_variables_are_named(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str) -> None:
     gpus = int(environ.pop("gpus", "0"))
     assert message in launch_from(monkeypatch, gpus=gpus, **environ)[1]
 
 
 def test_wrong_settings_start_and_make_nothing(tmp_path: Path) -> None:
-    run = Launched(
-        tmp_path, "leave_note()", "--lr=nan", "--train_step=0", BATCH_SIZE="ten", GPUNUM="0"
-    ).wait()
+    run = Launched(tmp_path, "leave_note()", "--lr=nan", "--train_step=0", BATCH_SIZE="ten", GPUNUM="0").wait()
     assert (run.code, run.stdout) == (2, "")
     assert run.stderr.startswith("4 problems with the settings, nothing was started:")
     assert "Traceback" not in run.stderr
@@ -549,9 +541,7 @@ def test_a_missing_node_is_named(store: Any) -> None:
 
 def test_a_wrong_address_and_a_taken_port_are_told() -> None:
     port = int(free_port())
-    with pytest.raises(
-        MeetingError, match=rf"node 1 could not reach node 0 at 127\.0\.0\.1:{port} within 0\.5 s"
-    ):
+    with pytest.raises(MeetingError, match=rf"node 1 could not reach node 0 at 127\.0\.0\.1:{port} within 0\.5 s"):
         open_store(Nodes(1, 2, 1, "127.0.0.1", port), 0.5)
     with pytest.raises(MeetingError, match="is no address that node 1 can look up"):
         open_store(Nodes(1, 2, 1, "no-such-host.invalid", port), 0.5)

@@ -83,9 +83,7 @@ def test_flops_on_a_real_device(seq_len: int) -> None:
 @pytest.mark.parametrize("name", ["gpt2_tiny", "gpt2_small"])
 def test_flops_with_recompute(name: str, dropout: float) -> None:
     shape = MODEL_SIZES[name]
-    counted = counted_flops_per_token(
-        shape, 128, attention="eager", dropout=dropout, activation_checkpointing=True
-    )
+    counted = counted_flops_per_token(shape, 128, attention="eager", dropout=dropout, activation_checkpointing=True)
     hardware = hardware_flops_per_token(shape, 128, recompute=True, attention="eager", dropout=dropout)
     assert hardware == pytest.approx(counted, rel=1e-9)
 
@@ -235,9 +233,7 @@ def test_an_unknown_device_has_no_peak(name: str) -> None:
 def test_a_geforce_peak_is_what_its_advertised_tops_come_from(card: Any) -> None:
     peak = peak_flops(f"NVIDIA GeForce {card.name.upper()}", "bf16")
     assert peak is not None
-    assert peak / 1e12 * TOPS_OVER_DENSE[card.name[:6]] == pytest.approx(
-        ADVERTISED_TOPS[card.name], rel=0.005
-    )
+    assert peak / 1e12 * TOPS_OVER_DENSE[card.name[:6]] == pytest.approx(ADVERTISED_TOPS[card.name], rel=0.005)
 
 
 def test_every_row_has_a_name_a_source_and_no_rival() -> None:
@@ -348,24 +344,17 @@ def test_peaks_of_memory_are_over_all_steps_and_name_their_rank() -> None:
     summary = summarize(records, warmup_step=1)
     assert (summary["peak_device_memory_mib"], summary["peak_device_memory_rank"]) == (900.0, 3)
     assert (summary["peak_host_memory_mib"], summary["peak_host_memory_rank"]) == (30.0, 2)
-    on_cpu = summarize(
-        [dataclasses.replace(each, device_memory_peak_mib=None) for each in records], warmup_step=1
-    )
+    on_cpu = summarize([dataclasses.replace(each, device_memory_peak_mib=None) for each in records], warmup_step=1)
     assert (on_cpu["peak_device_memory_mib"], on_cpu["peak_device_memory_rank"]) == (None, None)
 
 
 def test_skipped_steps_are_the_total() -> None:
-    assert (
-        summarize([record(1, skipped_steps=1), record(2, skipped_steps=2)], warmup_step=1)["skipped_steps"]
-        == 2
-    )
+    assert summarize([record(1, skipped_steps=1), record(2, skipped_steps=2)], warmup_step=1)["skipped_steps"] == 2
 
 
 def test_numbers_that_only_name_things_are_not_averaged() -> None:
     assert {"step_seconds", "loss", "mfu", "device_memory_peak_mib"} <= set(MEASURED_FIELDS)
-    assert not {"step", "skipped_steps", "device_memory_peak_rank", "host_memory_peak_rank"} & set(
-        MEASURED_FIELDS
-    )
+    assert not {"step", "skipped_steps", "device_memory_peak_rank", "host_memory_peak_rank"} & set(MEASURED_FIELDS)
 
 
 def test_no_record_is_an_error() -> None:

@@ -102,9 +102,7 @@ def test_heads_suit_flash_attention(name: str) -> None:
     assert shape.padded_vocab % 128 == 0
 
 
-@pytest.mark.parametrize(
-    ("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (50257, 50304)]
-)
+@pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (50257, 50304)])
 def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab: int, padded: int) -> None:
     assert dataclasses.replace(TINY, vocab=vocab).padded_vocab == padded
 
@@ -119,9 +117,7 @@ def test_the_table_prints_itself_whole_into_a_pipe() -> None:
         check=True,
     )
     assert "…" not in done.stdout
-    rows = {
-        line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip().startswith("gpt")
-    }
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip().startswith("gpt")}
     assert list(rows) == list(MODEL_SIZES)
     for name, shape in MODEL_SIZES.items():
         numbers = (shape.layers, shape.hidden, shape.heads, shape.head_dim, shape.positions, shape.vocab)
@@ -163,9 +159,7 @@ def test_initial_weights_are_those_of_transformers() -> None:
     model = seeded_model(TINY)
     torch.manual_seed(0)
     plain = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=TINY.padded_vocab, n_positions=128, n_embd=64, n_layer=4, n_head=4, bos_token_id=0
-        )
+        GPT2Config(vocab_size=TINY.padded_vocab, n_positions=128, n_embd=64, n_layer=4, n_head=4, bos_token_id=0)
     )
     ours, theirs = model.state_dict(), plain.state_dict()
     assert ours.keys() == theirs.keys()
@@ -198,12 +192,8 @@ def test_training_keeps_no_keys_and_values() -> None:
     assert seeded_model()(input_ids=tokens, labels=tokens).past_key_values is None
 
 
-@pytest.mark.parametrize(
-    ("attention", "implementation"), [("sdpa", "sdpa"), ("flash", "sdpa"), ("eager", "eager")]
-)
-def test_attention_is_causal_and_the_same_function_in_every_implementation(
-    attention: str, implementation: str
-) -> None:
+@pytest.mark.parametrize(("attention", "implementation"), [("sdpa", "sdpa"), ("flash", "sdpa"), ("eager", "eager")])
+def test_attention_is_causal_and_the_same_function_in_every_implementation(attention: str, implementation: str) -> None:
     model = seeded_model(attention=attention)
     assert model.config._attn_implementation == implementation
     tokens = tokens_of(SMALLEST)
@@ -313,9 +303,7 @@ def test_loss_is_the_mean_over_all_predicted_positions() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_is_computed_in_fp32_whatever_the_logits_are(dtype: torch.dtype) -> None:
-    logits = (
-        (8 * torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(3))).to(dtype).requires_grad_()
-    )
+    logits = (8 * torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(3))).to(dtype).requires_grad_()
     labels = tokens_of(SMALLEST, length=16)
     loss, reference = (next_token_loss(each, labels, vocab=100) for each in (logits, logits.detach().float()))
     assert loss.dtype == torch.float32
@@ -333,6 +321,4 @@ def test_a_sequence_without_a_next_token_is_refused() -> None:
 def test_an_untrained_model_guesses_evenly_over_the_real_vocabulary() -> None:
     tokens = tokens_of(SMALLEST, batch=16, length=32)
     loss = seeded_model()(input_ids=tokens, labels=tokens).loss.item()
-    assert loss == pytest.approx(
-        math.log(SMALLEST.vocab), rel=0.01
-    )  # with the 28 padding rows it would be 5 % more
+    assert loss == pytest.approx(math.log(SMALLEST.vocab), rel=0.01)  # with the 28 padding rows it would be 5 % more

@@ -230,9 +230,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
-def test_no_line_is_wider_than_the_terminal(
-    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a short name for the run's folder, which is never cut
     output = on_terminal(RUN, "run", 0, columns=columns)
     lines = [piece for line in ESCAPE.sub("", output).splitlines() for piece in line.split("\r")]
@@ -318,8 +316,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     sink.close()
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value) == (
-        f"cannot write {path}: No space left on device; "
-        "free some space there, or choose another disk with --log_dir"
+        f"cannot write {path}: No space left on device; free some space there, or choose another disk with --log_dir"
     )
 
 
@@ -690,9 +687,7 @@ def test_quieting_twice_filters_once() -> None:
     assert logging.getLogger("colossalai").filters == before
 
 
-@pytest.mark.parametrize(
-    "entry", [*noise.KNOWN_WARNINGS, *noise.KNOWN_LOG_LINES], ids=lambda e: e.pattern[:30]
-)
+@pytest.mark.parametrize("entry", [*noise.KNOWN_WARNINGS, *noise.KNOWN_LOG_LINES], ids=lambda e: e.pattern[:30])
 def test_every_silenced_line_has_a_reason(entry: Any) -> None:
     assert len(entry.why) > 20
     re.compile(entry.pattern)

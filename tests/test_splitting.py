@@ -197,7 +197,7 @@ for fix in upstream_fixes.FIXES:
     fix.apply()
     assert not fix.is_needed(), fix.function
 """
-    returncode, console = run_processes([sys.executable, "-c", program], CUDA_VISIBLE_DEVICES="")
+    returncode, console = run_processes([sys.executable, "-c", program], environment={"CUDA_VISIBLE_DEVICES": ""})
     assert returncode == 0, console
 
 
@@ -230,5 +230,5 @@ for fraction, expected in [(0.0, 0), (0.1, 0), (0.15, 100), (0.5, 300), (0.6, 40
     assert offloaded == expected, (fraction, offloaded)
     assert policy.keep_gathered_chunk_mem == 0.75 * 700
 """
-    returncode, console = run_processes([sys.executable, "-c", program], CUDA_VISIBLE_DEVICES="")
+    returncode, console = run_processes([sys.executable, "-c", program], environment={"CUDA_VISIBLE_DEVICES": ""})
     assert returncode == 0, console

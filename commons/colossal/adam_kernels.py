@@ -261,7 +261,7 @@ class _TorchKernelExtension(_Extension):
     def build_aot(self) -> None:
         raise NotImplementedError("torch's kernels need no build")
 
-    build_jit = build_aot
+    build_jit = build_aot  # pyright: ignore[reportAssignmentType]
 
     def load(self) -> Any:
         return self.kernel()
@@ -327,7 +327,7 @@ class SuiteAdam(HybridAdam):
     def _pre_update(self, param: torch.Tensor, *state_keys: str) -> None:
         # upstream calls this with the parameter right before torch_adam_update, which is told no step number
         self._param_step = self.state[param]["step"]
-        super()._pre_update(param, *state_keys)
+        super()._pre_update(param, *state_keys)  # pyright: ignore[reportArgumentType]
 
     def torch_adam_update(
         self,
@@ -359,5 +359,5 @@ def register() -> None:
     ):
         # the extensions there are tried first and would look for nvcc and a compiler
         loader.REGISTRY = []
-        loader.register_extension(extension)
+        loader.register_extension(extension)  # pyright: ignore[reportArgumentType]  (a class, as upstream's)
     gemini_optimizer._AVAIL_OPTIM_LIST.add(SuiteAdam)

@@ -34,9 +34,7 @@ class BoostedTrainable:
         return self.optimizer.param_groups
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        return (
-            nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
-        )
+        return nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -57,8 +55,8 @@ class BoostedTrainable:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
         names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
         mixins = (getattr(self.optimizer, name, None) for name in names)
-        scalers = [mixin.grad_scaler for mixin in mixins if hasattr(mixin, "grad_scaler")]
-        return scalers[0].scale.item() if scalers else 1.0
+        scaler = next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
+        return 1.0 if scaler is None else scaler.scale.item()
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
@@ -79,14 +77,10 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,
-        chunk_config_dict=chunk_configuration(
-            config.shape(), device.world_size // config.tp_degree, config.tp_degree
-        ),
+        chunk_config_dict=chunk_configuration(config.shape(), device.world_size // config.tp_degree, config.tp_degree),
         tp_size=config.tp_degree,
     )
-    plugin.shard_config.make_vocab_size_divisible_by = (
-        1  # model_zoo has padded already; tp_degree divides what it made
-    )
+    plugin.shard_config.make_vocab_size_divisible_by = 1  # model_zoo has padded already; tp_degree divides what it made
     copy, _, part = plugin.pg_mesh.coordinate()  # pyright: ignore[reportGeneralTypeIssues]
     mesh_place = Place(data=copy, pipeline=0, tensor=part)
     check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=1, mesh_place=mesh_place)
@@ -96,7 +90,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         plugin.gemini_config["memstats"] = blocks_first(model)
     compiled = wants_compile(config, device.type)
     trainable = boost(plugin, model, config, no_sync=False, compiled=compiled)
-    run_by_blocks(trainable.model, config, device.type)
+    run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable
 
 
@@ -121,11 +115,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
     from colossalai.accelerator import get_accelerator
     from colossalai.lazy import LazyInitContext
 
-    with (
-        LazyInitContext(default_device=get_accelerator().get_current_device())
-        if lazy
-        else device.torch_device
-    ):
+    with LazyInitContext(default_device=get_accelerator().get_current_device()) if lazy else device.torch_device:
         model = build_model(
             config.shape(),
             attention=config.attention,
@@ -161,5 +151,6 @@ def boost(
         compiled=compiled,
     )
     booster = Booster(plugin=plugin)
+    boosted: Any
     boosted, optimizer, *_ = booster.boost(model, adam)
     return trainable(booster, boosted, optimizer, adam, no_sync)

@@ -27,7 +27,7 @@ class HostDevice(str):
     """
 
     type = "cuda"
-    index = 0
+    index = 0  # pyright: ignore[reportAssignmentType]  (str has a method of that name)
 
     def __new__(cls) -> HostDevice:
         return super().__new__(cls, "cpu")
@@ -75,7 +75,7 @@ class HostAccelerator(CpuAccelerator):
     def current_stream(self, device: Any = None) -> HostStream:
         return HostStream()
 
-    default_stream = current_stream
+    default_stream = current_stream  # pyright: ignore[reportAssignmentType]
 
     def stream(self, stream_: Any) -> AbstractContextManager[None]:
         return nullcontext()

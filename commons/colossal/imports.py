@@ -28,7 +28,7 @@ UNUSED_PACKAGES: dict[str, tuple[str, ...]] = {
 class _StandIn(types.ModuleType):
     """A module that answers every name with an empty class."""
 
-    __path__ = ()  # what makes it a package, whose submodules are looked up in sys.modules
+    __path__ = []  # noqa: RUF012  (what makes it a package, whose submodules are looked up in sys.modules)
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
