@@ -15,7 +15,7 @@ prepare("cpu")
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader  # noqa: E402
 
 from commons.colossal import adam_kernels  # noqa: E402
-from commons.colossal.adam_kernels import (
+from commons.colossal.adam_kernels import (  # noqa: E402
     AdamSettings,
     CompiledAdam,
     SuiteAdam,
