@@ -42,6 +42,17 @@ def _plans(devices: int) -> list[Case]:
     return [Case(f"{name} × {ranks}", ("--distplan", name), ranks) for ranks in counts for name in names]
 
 
+def _overlap(devices: int) -> list[Case]:
+    """Gemini, with chunks gathered ahead or not, against FSDP2, on all devices: gpt2_medium and gpt2_xl."""
+    gemini = [(f"CAI_Gemini, prefetch {n}", ("--distplan", "CAI_Gemini", "--max_prefetch", str(n))) for n in (0, 2)]
+    plans = [*gemini, ("Pytorch_FSDP", ("--distplan", "Pytorch_FSDP"))]
+    return [
+        Case(f"{name}, {size} × {devices}", (*flags, "--model_type", size), devices)
+        for size in ("gpt2_medium", "gpt2_xl")
+        for name, flags in plans
+    ]
+
+
 def _smoke(devices: int) -> list[Case]:
     """Two plans on gpt2_tiny, for a look at the tool itself."""
     return [
@@ -50,7 +61,7 @@ def _smoke(devices: int) -> list[Case]:
 
 
 # name -> the cases for a machine with so many devices
-SETS: dict[str, Callable[[int], list[Case]]] = {"plans": _plans, "smoke": _smoke}
+SETS: dict[str, Callable[[int], list[Case]]] = {"plans": _plans, "overlap": _overlap, "smoke": _smoke}
 
 COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "step, ms": lambda runs: _spread(runs, "step_seconds", 1000, 1),
