@@ -59,13 +59,18 @@ def merge_neighbours(quads: Iterable[TensorQuad]) -> list[TensorQuad]:
     ends: tuple[int, ...] = ()
     for quad in quads:
         starts = tuple(tensor.data_ptr() for tensor in quad)
-        if starts == ends:
+        # allocations of their own can be neighbours by chance
+        if starts == ends and all(map(_share_storage, quad, merged[-1])):
             size = merged[-1][0].numel() + quad[0].numel()
             merged[-1] = tuple(first.as_strided((size,), (1,)) for first in merged[-1])  # pyright: ignore
         else:
             merged.append(tuple(tensor.view(-1) for tensor in quad))  # pyright: ignore
         ends = tuple(start + tensor.nbytes for start, tensor in zip(starts, quad, strict=True))
     return merged
+
+
+def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _pieces(quads: Iterable[TensorQuad], limit: int) -> Iterator[list[TensorQuad]]:
