@@ -151,6 +151,8 @@ def main() -> None:
 def write(out: Path, cases: list[Case], results: dict[str, list[dict]]) -> None:
     """After every run, so that a cut-off benchmark leaves what it has."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    import torch  # noqa: F401  (the description names the GPUs where torch is there to ask)
+
     command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     document = {
         "command": command,

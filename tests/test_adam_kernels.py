@@ -108,6 +108,16 @@ def test_neighbours_become_one_run() -> None:
     assert [quad[0].numel() for quad in merge_neighbours(apart)] == [SIZES[0], SIZES[1], SIZES[2] + SIZES[3]]
 
 
+def test_neighbours_by_chance_stay_apart() -> None:
+    """Side by side in memory but of two storages, as a GPU's allocator places tensors: no view spans both."""
+    whole = torch.arange(8.0)
+    storage = whole.untyped_storage()
+    parts = [torch.frombuffer(whole.numpy().data, dtype=torch.float32, count=4, offset=at) for at in (0, 16)]
+    assert parts[0].data_ptr() + parts[0].nbytes == parts[1].data_ptr() and storage.nbytes() == 32
+    quads_of_one = [(part, part, part, part) for part in parts]
+    assert [quad[0].numel() for quad in merge_neighbours(quads_of_one)] == [4, 4]
+
+
 def test_bf16_gradients_on_the_host_are_divided() -> None:
     """The fault that SuiteAdam mends: upstream ignores clipping where bf16 gradients lie on the host."""
 
