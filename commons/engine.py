@@ -192,7 +192,7 @@ def _record(
     )
     return metrics.StepRecord(
         step=step,
-        loss=statistics.fmean(seen["loss"] for rank, seen in enumerate(ranks) if session.has_loss(rank)),
+        loss=statistics.fmean(row["loss"] for rank, row in enumerate(ranks) if session.has_loss(rank)),
         lr=lr,
         grad_norm=update.grad_norm,
         step_seconds=step_seconds,
@@ -217,6 +217,7 @@ def _flops_per_token(session: Session) -> tuple[float, float]:
         config.seq_len,  # pyright: ignore
         recompute=config.activation_checkpointing == "on",
         attention=config.attention,
+        dropout=config.dropout,
     )
     return model, hardware
 

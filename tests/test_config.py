@@ -24,6 +24,7 @@ ABLE = dataclasses.replace(
     name="Able",
     placement=True,
     tensor_parallel=True,
+    sequence_parallel=True,
     pipeline=True,
     precisions=("bf16", "fp16", "fp32"),
 )
@@ -215,6 +216,8 @@ WRONG = [
     ({"num_model_chunks": 2}, "--num_model_chunks 2 needs a pipeline"),
     ({"pp_degree": 2, "zero_stage": 2, "world_size": 2}, "use --zero_stage 1 or 0"),
     ({"sequence_parallel": "on"}, "--sequence_parallel on needs tensor parallelism"),
+    ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without chance: use --dropout 0"),
+    ({"precision": "fp32", "world_size": 2}, "in fp32 shards nothing over data-parallel ranks: use --zero_stage 0"),
     (
         {"sequence_parallel": "on", "tp_degree": 2, "seq_len": 63, "world_size": 2},
         "do not divide --seq_len 63: use --seq_len 62",
