@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import os
 import tempfile
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from commons.config import FRACTIONS, PLACEMENTS, TrainConfig
 
@@ -333,6 +336,16 @@ def _abilities(job: Job) -> Iterator[str]:
         )
 
 
+def _torch_version(job: Job) -> Iterator[str]:
+    oldest = None if job.plan is None or job.device_type != "cpu" else job.plan.cpu_torch
+    installed = importlib.metadata.version("torch")
+    if oldest is not None and Version(installed) < Version(oldest):
+        yield (
+            f"--distplan {job.config.distplan} runs on a CPU with torch {oldest} or newer, this is {installed}: use"
+            " another --distplan, a GPU, or a newer torch"
+        )
+
+
 def _was_chosen(job: Job, name: str) -> bool:
     """Whether a setting is other than it would be had nobody given it."""
     without = dataclasses.replace(job.config, **{name: DEFAULTS[name]}).resolve(job.device_type)
@@ -499,6 +512,7 @@ CHECKS = (
     _widths,
     _pipeline,
     _abilities,
+    _torch_version,
     _placement,
     _layout,
     _compile,

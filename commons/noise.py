@@ -56,6 +56,11 @@ KNOWN_WARNINGS = (
         "Colossal-AI's pipeline unpickles messages; the newer spelling does the same",
     ),
     KnownWarning(
+        DeprecationWarning,
+        r"`TorchScript` support for functional optimizers is deprecated",
+        "Colossal-AI imports torch's distributed optimizers; the suite uses none that is compiled so",
+    ),
+    KnownWarning(
         FutureWarning,
         r"The pynvml package is deprecated",
         "torch, at import: about another package's name, nothing to do with the run",

@@ -31,6 +31,7 @@ class Plan:
         placement: takes ``--placement`` and its fractions.
         tensor_parallel, pipeline: takes ``--tp_degree``, ``--pp_degree`` above 1.
         sequence_parallel: takes ``--sequence_parallel`` beside tensor parallelism.
+        cpu_torch: the oldest torch that it runs with on a CPU, where that is newer than the suite's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Plan:
     tensor_parallel: bool = False
     sequence_parallel: bool = False
     pipeline: bool = False
+    cpu_torch: str | None = None
 
 
 def _gemini(config: TrainConfig, device: Device) -> Trainable:
@@ -100,6 +102,7 @@ PLANS: dict[str, Plan] = {
             "Pytorch_FSDP",
             "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)",
             _torch("fsdp"),
+            cpu_torch="2.6.0",
         ),
     )
 }

@@ -118,6 +118,14 @@ def test_underscores_dashes_and_equal_signs_are_the_same() -> None:
     assert {read(*words)[0].train_step for words in spellings} == {7}
 
 
+def test_fsdp_on_a_cpu_needs_torch_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = PLANS["Pytorch_FSDP"]
+    for version, told in (("2.5.1", True), ("2.6.0+cpu", False), ("2.13.0", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        assert ("torch 2.6.0 or newer" in found(distplan=plan.name, plan=plan)) is told, version
+        assert found(distplan=plan.name, plan=plan, device="cuda", gpu_count=1) == ""
+
+
 def test_types_and_repeated_flags() -> None:
     config, wrong = read("--lr", "1e-3", "--quiet", "--measure_peak=false", "--seed", "1", "--seed", "2")
     assert (config.lr, config.quiet, config.measure_peak, config.seed, wrong) == (1e-3, True, False, 2, "")

@@ -151,6 +151,7 @@ def _answer_device_calls() -> None:
     torch.cuda.set_device = lambda device: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # pyright: ignore[reportAttributeAccessIssue]
     torch.distributed.is_hccl_available = lambda: False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.distributed.Backend.HCCL = "hccl"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _answer_memory_questions(capacity_bytes: int, working_set_bytes: int) -> None:
