@@ -29,25 +29,27 @@ def test_phases_add_up_to_the_step() -> None:
 
 
 OUTSIDE_CLOCK = """
-import sys, time
+import statistics, sys, time
 from commons import device
 from commons.config import TrainConfig
 from commons.engine import build_session, train_steps
 here = device.launch("cpu", 60)
 flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
-         "--batch_size", "2", "--seq_len", "256", "--train_step", "6", "--warmup_step", "1"]
+         "--batch_size", "2", "--seq_len", "256", "--train_step", "8", "--warmup_step", "1"]
 steps = train_steps(build_session(TrainConfig.from_cli(flags), here))
 next(steps)
-start = time.monotonic()
-inside = sum(record.step_seconds for record in steps)
-outside = time.monotonic() - start
-print("outside", outside, "inside", inside)
-sys.exit(not 0.99 <= inside / outside <= 1.0)
+shares = []
+for _ in range(7):
+    start = time.monotonic()
+    inside = next(steps).step_seconds
+    shares.append(inside / (time.monotonic() - start))
+print("inside / outside:", shares)
+sys.exit(not (0.99 <= statistics.median(shares) and max(shares) <= 1.0))
 """
 
 
 def test_step_seconds_against_an_outside_clock() -> None:
-    """Within 1 %: the sum over steps against a clock around all of them."""
+    """Within 1 % of a clock around each step; the median, so that another process may take the core in between."""
     returncode, console = run_processes([sys.executable, "-c", OUTSIDE_CLOCK])
     assert returncode == 0, console
 
