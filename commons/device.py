@@ -62,6 +62,13 @@ class Device:
             torch.cuda.reset_peak_memory_stats()
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype that ``--precision`` names."""
+    import torch
+
+    return getattr(torch, DTYPE_NAMES[precision])
+
+
 def detect_type(wanted: str) -> str:
     """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu". An explicit "cpu" hides the GPUs from this
     process.
@@ -244,7 +251,7 @@ def measured_peak_flops(device: Device, precision: str) -> float:
     import torch
 
     size = PEAK_MATMUL_SIZE[device.type]
-    dtype = getattr(torch, DTYPE_NAMES[precision])
+    dtype = compute_dtype(precision)
     left, right = (torch.randn(size, size, device=device.torch_device).to(dtype) for _ in range(2))
     clock = PhaseClock(device)
     seconds = []

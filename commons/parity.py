@@ -22,7 +22,7 @@ from torch import nn
 
 from commons.config import TrainConfig
 from commons.data import random_tokens
-from commons.device import DTYPE_NAMES
+from commons.device import compute_dtype
 from commons.engine import Session, learning_rate
 from commons.metrics import StepRecord
 from commons.weights import decay_groups, seeded_init_
@@ -93,7 +93,7 @@ def reference_steps(
     """
     with device:
         model = build_model(config.shape())
-    rounded_to = getattr(torch, DTYPE_NAMES[config.precision])
+    rounded_to = compute_dtype(config.precision)
     seeded_init_(model, config.seed, device, rounded_to)
     adam = torch.optim.AdamW(
         decay_groups(model, config.weight_decay), betas=(config.beta1, config.beta2), eps=config.adam_eps

@@ -14,12 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commons.compiling import functions_for, run_as_functions, wants_compile
 from commons.config import TrainConfig
-from commons.device import Device
+from commons.device import Device, compute_dtype
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INITIAL_LOSS_SCALE = 2.0**16
 
 
@@ -29,7 +28,7 @@ class TorchTrainable:
     def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
-        self._autocast_dtype = DTYPES[config.precision] if autocast and config.precision != "fp32" else None
+        self._autocast_dtype = compute_dtype(config.precision) if autocast and config.precision != "fp32" else None
         self._device_type = device.type
         fp16 = config.precision == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=fp16)
@@ -74,7 +73,7 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing == "on",
         )
-    seeded_init_(model, config.seed, device.torch_device, DTYPES[config.precision])
+    seeded_init_(model, config.seed, device.torch_device, compute_dtype(config.precision))
     if wants_compile(config, device.type):
         run_as_functions(model, functions_for(config, device.type))
     if kind == "fsdp":
@@ -95,7 +94,7 @@ def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> Tor
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = dist.init_device_mesh(device.type, (device.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else DTYPES[config.precision])
+    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else compute_dtype(config.precision))
     for block in model.transformer.h:  # pyright: ignore
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -93,7 +93,7 @@ def run_case(flags: str, here: device.Device, scratch: Path) -> dict:
     }
     found["losses"] = [record.loss for record in records]
     if weights is not None:
-        dtype = getattr(torch, device.DTYPE_NAMES[config.precision])
+        dtype = device.compute_dtype(config.precision)
         found["missing"] = sorted(set(end) - set(weights))
         found["weights"] = dict(_weight_differences(start, end, weights, dtype))
     return found

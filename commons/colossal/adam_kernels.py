@@ -4,8 +4,7 @@ at run time.
 Gemini's optimizer takes exactly Colossal-AI's own Adam classes, and these get their kernels from loaders that
 can be given other ones. torch's ``_fused_adamw_`` runs on CPU and CUDA and divides by the loss scale itself,
 but wants gradients of the parameters' dtype. Gemini's are bf16 or fp16 beside fp32 masters, so they are
-converted a few megabytes at a time: the copy stays in a GPU's second-level cache and costs no extra pass over
-device memory.
+converted a piece at a time, or read as they are where the update may be compiled.
 """
 
 from __future__ import annotations

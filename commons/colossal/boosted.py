@@ -12,13 +12,11 @@ from commons.colossal.chunks import blocks_first, chunk_configuration
 from commons.colossal.runtime import prepare
 from commons.compiling import functions_for, run_as_functions, wants_compile
 from commons.config import TrainConfig
-from commons.device import Device
+from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class BoostedTrainable:
@@ -122,7 +120,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing == "on",
         )
-    seeded_init_(model, config.seed, device.torch_device, None if lazy else DTYPES[config.precision])
+    seeded_init_(model, config.seed, device.torch_device, None if lazy else compute_dtype(config.precision))
     return model
 
 
