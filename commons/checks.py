@@ -92,6 +92,7 @@ LIMITS: dict[str, Limit] = {
     "beta2": Limit(0.95, low=0, below=1),
     "adam_eps": Limit(1e-8, above=0),
     "clip_grad_norm": Limit(1.0, low=0),
+    "trace_step": Limit(5, low=0),
     "timeout": Limit(600, above=0),
 }
 
@@ -193,6 +194,11 @@ def _steps(job: Job) -> Iterator[str]:
         yield (
             f"--train_step must exceed --warmup_step ({config.warmup_step}), got {config.train_step}:"
             f" try --train_step {config.warmup_step + 10}, or --warmup_step {config.train_step - 1}"
+        )
+    if config.trace_step > config.train_step:
+        yield (
+            f"--trace_step {config.trace_step} is never reached with --train_step {config.train_step}:"
+            f" try --trace_step {config.train_step}"
         )
     if config.lr_warmup_step > config.train_step:
         yield (

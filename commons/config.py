@@ -186,6 +186,12 @@ class OutputFlags:
         "train a single-process fp32 reference beside this run, compare losses and gradient norms, and exit"
         " with 1 if they differ",
     )
+    trace_step: int = _flag(
+        0,
+        "record this step (from 1) on rank 0 with torch's profiler, for Perfetto and benchmarks.trace; the recorded"
+        " step itself is slower; 0: none",
+        "N",
+    )
     quiet: bool = _flag(False, "print no line a step, only the header and the end")
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, 
 from commons.gpt2_functions import attention_backend
 from commons.layout import Place, place
 from commons.plans import PLANS, Plan
+from commons.tracing import TRACE_FILE, traced
 from commons.trainables import PipelinedTrainable, Trainable, Update
 from model_zoo import ModelShape, padded_parameter_count, parameter_count
 
@@ -139,11 +141,18 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
             session.device.reset_peak_memory()
             # rank 0 may still be logging: without this the others would wait for it inside their clocks
             dist.barrier()
-            clock.start()
-            loss, update = _train_step(session, stream, clock)
-            timing = clock.stop()
+            with traced(_trace_file(session, step), session.device.type):
+                clock.start()
+                loss, update = _train_step(session, stream, clock)
+                timing = clock.stop()
             skipped_steps += update.skipped
             yield _record(session, step, lr, loss, update, skipped_steps, timing)
+
+
+def _trace_file(session: Session, step: int) -> Path | None:
+    if step != session.config.trace_step or session.device.rank != 0:
+        return None
+    return Path(session.config.log_dir).expanduser() / str(session.config.run_name) / TRACE_FILE
 
 
 def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock) -> tuple[torch.Tensor, Update]:
