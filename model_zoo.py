@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from commons.recompute import checkpoint_arguments
+
 if TYPE_CHECKING:
     import torch
     from transformers import GPT2LMHeadModel
@@ -124,7 +126,7 @@ def build_model(
     *,
     attention: str = "sdpa",
     dropout: float = 0.0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "off",
 ) -> GPT2LMHeadModel:
     """Build a GPT-2 with transformers' own initial weights, on torch's current default device and dtype.
 
@@ -137,7 +139,7 @@ def build_model(
         attention: "sdpa" (torch's scaled_dot_product_attention), "flash" (the same; whoever runs the model
             restricts it to its flash kernel) or "eager" (matmul, softmax, matmul).
         dropout: probability, the same for embeddings, attention weights and residuals.
-        activation_checkpointing: keep only every block's input, and compute the block again going back.
+        activation_checkpointing: "off", "selective" or "on", see commons.recompute.
 
     Raises:
         ValueError: unknown attention, a dropout outside [0, 1), or heads that do not divide the hidden size.
@@ -146,9 +148,8 @@ def build_model(
 
     model = GPT2LMHeadModel(_transformers_config(shape, attention, dropout))
     model.loss_function = partial(next_token_loss, vocab=shape.vocab)
-    if activation_checkpointing:
-        # the reentrant kind refuses what has no gradient at its inputs and runs outside of saved-tensor hooks
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if activation_checkpointing != "off":
+        model.gradient_checkpointing_enable(checkpoint_arguments(activation_checkpointing))
     return model.train()
 
 

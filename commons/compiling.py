@@ -59,7 +59,7 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
         config.shape(),
         attention=config.attention,
         dropout=config.dropout,
-        recompute=config.activation_checkpointing == "on",
+        recompute=config.activation_checkpointing,
         **options,
     )
 

@@ -57,9 +57,11 @@ class ModelFlags:
         "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain"
         " matrix products",
     )
-    activation_checkpointing: Literal["on", "off"] = _flag(
+    activation_checkpointing: Literal["off", "selective", "on"] = _flag(
         "off",
-        "on: keep only every block's input and recompute the rest in the backward pass; less memory, a third more work",
+        "what the backward pass computes again. selective: norms and activations, while the results of matrix products"
+        " and attention are kept: a third less memory, hardly more work; on: all but every block's input: least memory,"
+        " a third more work",
     )
 
 

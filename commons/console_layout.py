@@ -34,7 +34,7 @@ ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "b
 #   global_batch_size       sequences a step, all ranks
 #   seq_len
 #   precision, attention    the kernel
-#   activation_checkpointing    "on" or "off"
+#   activation_checkpointing    "off", "selective" or "on"
 #   device, device_name     "cuda" or "cpu", and what it calls itself
 #   peak_tflops_per_device  what MFU is a share of, or None
 #   notes                   any further lines

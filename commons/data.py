@@ -27,4 +27,25 @@ def random_tokens(
     generator = torch.Generator().manual_seed(seed + data_parallel_rank)
     while True:
         tokens = torch.randint(vocab, (batch_size, seq_len), generator=generator)
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()  # else the copy would wait for the device
         yield tokens.to(device, non_blocking=True)
+
+
+class DrawnAhead:
+    """A stream of which the next batch can be drawn before it is needed: while the device works on the last one."""
+
+    def __init__(self, stream: Iterator[torch.Tensor]) -> None:
+        self._stream = stream
+        self._drawn: torch.Tensor | None = None
+
+    def draw(self) -> None:
+        """Have the next batch ready."""
+        if self._drawn is None:
+            self._drawn = next(self._stream)
+
+    def take(self) -> torch.Tensor:
+        """The next batch."""
+        self.draw()
+        batch, self._drawn = self._drawn, None
+        return batch  # pyright: ignore[reportReturnType]

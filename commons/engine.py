@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from commons import metrics
 from commons.config import TrainConfig
-from commons.data import random_tokens
+from commons.data import DrawnAhead, random_tokens
 from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
 from commons.gpt2_functions import attention_backend
 from commons.layout import Place, place
@@ -132,7 +133,10 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
 
     The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
     """
-    stream, clock, skipped_steps = batches(session), PhaseClock(session.device), 0
+    stream, clock, skipped_steps = DrawnAhead(batches(session)), PhaseClock(session.device), 0
+    # the libraries' half a million objects live until the end: no collection needs to look at them again
+    gc.collect()
+    gc.freeze()
     with attention_backend(session.config.attention):
         for step in range(1, session.config.train_step + 1):
             lr = learning_rate(session.config, step)
@@ -155,7 +159,7 @@ def _trace_file(session: Session, step: int) -> Path | None:
     return Path(session.config.log_dir).expanduser() / str(session.config.run_name) / TRACE_FILE
 
 
-def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseClock) -> tuple[torch.Tensor, Update]:
+def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tuple[torch.Tensor, Update]:
     """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on
     the device.
     """
@@ -165,11 +169,12 @@ def _train_step(session: Session, stream: Iterator[torch.Tensor], clock: PhaseCl
         with trainable.micro_batch(last=index == grad_accum - 1):
             clock.mark("forward")
             if isinstance(trainable, PipelinedTrainable):
-                loss = trainable.forward_backward(next(stream), 1 / grad_accum)
+                loss = trainable.forward_backward(stream.take(), 1 / grad_accum)
             else:
-                loss = trainable.forward(next(stream)) / grad_accum
+                loss = trainable.forward(stream.take()) / grad_accum
                 clock.mark("backward")
                 trainable.backward(loss)
+        stream.draw()  # while the device is still at work
         if loss is not None:
             total += loss.detach()
     clock.mark("optimizer")
@@ -224,7 +229,7 @@ def _flops_per_token(session: Session) -> tuple[float, float]:
     hardware = metrics.hardware_flops_per_token(
         session.shape,
         config.seq_len,  # pyright: ignore
-        recompute=config.activation_checkpointing == "on",
+        recompute=config.activation_checkpointing,
         attention=config.attention,
         dropout=config.dropout,
     )

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from commons.fused_loss import next_token_loss, softmax_gradient
+from commons.recompute import checkpoint_arguments
 from model_zoo import ModelShape
 
 EMBEDDING_PARAMETERS = ("transformer.wte.weight", "transformer.wpe.weight")
@@ -81,7 +82,7 @@ def gpt2_functions(
     *,
     attention: str = "sdpa",
     dropout: float = 0.0,
-    recompute: bool = False,
+    recompute: str = "off",
     transform: Callable[[Callable], Callable] = _unchanged,
 ) -> GPT2Functions:
     """The functions of one model size, in training mode.
@@ -89,7 +90,7 @@ def gpt2_functions(
     Args:
         attention: "sdpa", "flash" (the same; the caller restricts torch to its flash kernel) or "eager".
         dropout: probability, the same for embeddings, attention weights and residuals.
-        recompute: keep only the input of every block and compute the block again on the way back.
+        recompute: what a block computes again on the way back: "off", "selective" or "on", see commons.recompute.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
@@ -106,8 +107,9 @@ def gpt2_functions(
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
         # last matrix product
-        return checkpoint(block, hidden, *parameters, use_reentrant=False, preserve_rng_state=dropout > 0)
+        return checkpoint(block, hidden, *parameters, preserve_rng_state=dropout > 0, **checkpointing)
 
+    checkpointing = checkpoint_arguments(recompute)
     kernel = transform(softmax_gradient)
 
     def loss(
@@ -119,7 +121,7 @@ def gpt2_functions(
     ) -> torch.Tensor:
         return next_token_loss(_layer_norm(hidden, norm_weight, norm_bias), token_table, tokens, vocab, kernel)
 
-    return GPT2Functions(transform(embed), transform(recomputed_block if recompute else block), loss)
+    return GPT2Functions(transform(embed), transform(block if recompute == "off" else recomputed_block), loss)
 
 
 def _layer_norm(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def model_flops_per_token(shape: ModelShape, seq_len: int) -> float:
 
 
 def hardware_flops_per_token(
-    shape: ModelShape, seq_len: int, *, recompute: bool, attention: str, dropout: float = 0.0
+    shape: ModelShape, seq_len: int, *, recompute: str, attention: str, dropout: float = 0.0
 ) -> float:
     """FLOPs a token of the matmuls that really run, forward and backward.
 
@@ -102,16 +102,16 @@ def hardware_flops_per_token(
     - attention: scores and weighted values, 4·h·S a layer forward. Backward "eager" does four matmuls of that
       kind (8·h·S), a fused kernel ("sdpa", "flash") does five (10·h·S), since it computes the scores again.
       On a CPU "sdpa" with dropout is not fused, and this is 2·h·S too much there;
-    - recompute: with activation checkpointing each layer's forward once more. torch's non-reentrant
+    - recompute: with activation checkpointing "on" each layer's forward once more. torch's non-reentrant
       checkpoint stops as soon as it has back every tensor that the backward pass needs, which without dropout
       is before the last matmul of the feed-forward layer (8·h²); with dropout that one runs too, for the
-      tensor saved after it.
+      tensor saved after it. "selective" repeats none of these, but "eager" attention's two.
 
     Biases, norms, softmax, activations and the optimizer are no matmuls and not counted, so that "eager"
     without recompute can come out up to 1 % below the model FLOPs, which do count biases and norms.
 
     Args:
-        recompute: activation checkpointing is on.
+        recompute: activation checkpointing, "off", "selective" or "on".
         attention: "eager", "sdpa" or "flash".
         dropout: as the model was built.
 
@@ -124,9 +124,11 @@ def hardware_flops_per_token(
     block, head, scores = 24 * hidden**2, 2 * hidden * shape.padded_vocab, 4 * hidden * seq_len
     scores_backward = (2.5 if attention in FUSED_ATTENTIONS else 2.0) * scores
     flops = 3 * (layers * block + head) + layers * (scores + scores_backward)
-    if recompute:
+    if recompute == "on":
         last_matmul = 8 * hidden**2 if dropout == 0 else 0.0
         flops += layers * (block + scores - last_matmul)
+    elif recompute == "selective" and attention == "eager":
+        flops += layers * scores
     return flops
 
 

@@ -71,7 +71,7 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             config.shape(),
             attention=config.attention,
             dropout=config.dropout,
-            activation_checkpointing=config.activation_checkpointing == "on",
+            activation_checkpointing=config.activation_checkpointing,
         )
     seeded_init_(model, config.seed, device.torch_device, compute_dtype(config.precision))
     if wants_compile(config, device.type):

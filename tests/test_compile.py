@@ -17,6 +17,7 @@ import torch
 from commons import compiling
 from commons.config import TrainConfig
 from commons.gpt2_functions import gpt2_functions
+from commons.recompute import MODES
 from model_zoo import MODEL_SIZES, build_model
 
 WORKER = Path(__file__).with_name("compile_worker.py")
@@ -27,7 +28,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(SHAPE.vocab, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-def as_functions(attention: str, dropout: float, recompute: bool) -> torch.nn.Module:
+def as_functions(attention: str, dropout: float, recompute: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = build_model(SHAPE, attention=attention, dropout=dropout, activation_checkpointing=recompute)
     functions = gpt2_functions(SHAPE, attention=attention, dropout=dropout, recompute=recompute)
@@ -35,7 +36,7 @@ def as_functions(attention: str, dropout: float, recompute: bool) -> torch.nn.Mo
     return model
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_functions_are_huggingfaces_model(attention, dropout, recompute):
@@ -55,7 +56,7 @@ def test_functions_are_huggingfaces_model(attention, dropout, recompute):
 
 
 def test_without_labels_a_model_run_as_functions_gives_logits():
-    assert as_functions("sdpa", 0.0, False)(input_ids=tokens()).logits.shape == (2, 32, SHAPE.padded_vocab)
+    assert as_functions("sdpa", 0.0, "off")(input_ids=tokens()).logits.shape == (2, 32, SHAPE.padded_vocab)
 
 
 def test_recomputation_leaves_out_the_last_matrix_product():
@@ -75,7 +76,7 @@ def test_recomputation_leaves_out_the_last_matrix_product():
     block = build_model(SHAPE).transformer.h[0]
     functions = gpt2_functions(
         SHAPE,
-        recompute=True,
+        recompute="on",
         transform=lambda function: torch.compile(function, backend=backend, fullgraph=True),
     )
     hidden = torch.randn(2, 32, SHAPE.hidden, requires_grad=True)

@@ -28,6 +28,7 @@ from commons.metrics import (
     tflops_per_device,
     tokens_per_second,
 )
+from commons.recompute import MODES
 from model_zoo import MODEL_SIZES, ModelShape, build_model
 
 TINY, MEDIUM = MODEL_SIZES["gpt2_tiny"], MODEL_SIZES["gpt2_medium"]
@@ -67,7 +68,7 @@ def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     shape = MODEL_SIZES[name]
     counted = counted_flops_per_token(shape, shape.positions, attention="eager")
-    hardware = hardware_flops_per_token(shape, shape.positions, recompute=False, attention="eager")
+    hardware = hardware_flops_per_token(shape, shape.positions, recompute="off", attention="eager")
     assert hardware == pytest.approx(counted, rel=1e-9)
     assert model_flops_per_token(shape, shape.positions) == pytest.approx(counted, rel=0.01)
 
@@ -75,23 +76,25 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 @pytest.mark.parametrize("seq_len", [32, 128])
 def test_flops_on_a_real_device(seq_len: int) -> None:
     counted = counted_flops_per_token(TINY, seq_len, device="cpu", attention="eager")
-    assert hardware_flops_per_token(TINY, seq_len, recompute=False, attention="eager") == counted
+    assert hardware_flops_per_token(TINY, seq_len, recompute="off", attention="eager") == counted
     assert model_flops_per_token(TINY, seq_len) == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "on"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["gpt2_tiny", "gpt2_small"])
-def test_flops_with_recompute(name: str, dropout: float) -> None:
+def test_flops_with_recompute(name: str, dropout: float, recompute: str) -> None:
     shape = MODEL_SIZES[name]
-    counted = counted_flops_per_token(shape, 128, attention="eager", dropout=dropout, activation_checkpointing=True)
-    hardware = hardware_flops_per_token(shape, 128, recompute=True, attention="eager", dropout=dropout)
+    options = {"attention": "eager", "dropout": dropout}
+    counted = counted_flops_per_token(shape, 128, activation_checkpointing=recompute, **options)
+    hardware = hardware_flops_per_token(shape, 128, recompute=recompute, **options)  # pyright: ignore
     assert hardware == pytest.approx(counted, rel=1e-9)
 
 
 @pytest.mark.usefixtures("fused_attention")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("name", ["gpt2_tiny", "gpt2_medium"])
-def test_flops_of_fused_attention(name: str, recompute: bool) -> None:
+def test_flops_of_fused_attention(name: str, recompute: str) -> None:
     shape = MODEL_SIZES[name]
     counted = counted_flops_per_token(shape, shape.positions, activation_checkpointing=recompute)
     for attention in ("sdpa", "flash"):
@@ -118,7 +121,7 @@ def test_model_flops_ignore_what_the_implementation_adds() -> None:
 
 def test_hardware_flops_of_an_unknown_attention() -> None:
     with pytest.raises(ValueError, match="unknown attention 'ring'; take one of eager, sdpa, flash"):
-        hardware_flops_per_token(TINY, 64, recompute=False, attention="ring")
+        hardware_flops_per_token(TINY, 64, recompute="off", attention="ring")
 
 
 # --- Rates --------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from torch import nn
 
+from commons.colossal.chunk_memory import mean_or_sum
 from commons.compiling import CompiledFunction, announced, functions_for, say, wants_compile
 from commons.config import TrainConfig
 from commons.gpt2_functions import (
@@ -129,11 +131,12 @@ class ChunkGradients:
         if stream is not None:
             stream.wait_stream(_accelerator().current_stream())
         with _accelerator().stream(stream):
+            target.reduction = mean_or_sum(chunk)  # pyright: ignore[reportAttributeAccessIssue]
             manager.reduce_chunk(target, async_op=stream is not None)
             target.wait_async_reduce()
             if target is not chunk:
                 manager.release_chunk(chunk)
-            if chunk.pg_size > 1:
+            if chunk.pg_size > 1 and target.reduction == dist.ReduceOp.SUM:  # pyright: ignore
                 target.payload.div_(chunk.pg_size)
             if self._checks_overflow:
                 manager.overflow_counter += target.has_inf_or_nan

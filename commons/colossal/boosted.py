@@ -63,6 +63,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     from colossalai.booster.plugin import GeminiPlugin
 
     from commons.colossal.block_hooks import run_by_blocks
+    from commons.colossal.chunk_adam import update_by_chunks
 
     placement = config.gemini_placement()
     # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
@@ -86,8 +87,8 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    compiled = wants_compile(config, device.type)
-    trainable = boost(plugin, model, config, no_sync=False, compiled=compiled)
+    trainable = boost(plugin, model, config, no_sync=False)
+    update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable
 
@@ -118,7 +119,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
             config.shape(),
             attention=config.attention,
             dropout=config.dropout,
-            activation_checkpointing=config.activation_checkpointing == "on",
+            activation_checkpointing=config.activation_checkpointing,
         )
     seeded_init_(model, config.seed, device.torch_device, None if lazy else compute_dtype(config.precision))
     return model
@@ -130,7 +131,6 @@ def boost(
     config: TrainConfig,
     *,
     no_sync: bool,
-    compiled: bool = False,
     trainable: type[BoostedTrainable] = BoostedTrainable,
 ) -> BoostedTrainable:
     """Wrap model and optimizer by a Booster (collective). ``no_sync``: the plugin can leave gradients of a
@@ -146,7 +146,6 @@ def boost(
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         adamw_mode=True,
-        compiled=compiled,
     )
     booster = Booster(plugin=plugin)
     boosted: Any

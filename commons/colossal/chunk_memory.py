@@ -130,7 +130,10 @@ def reduce(self: Any, async_op: bool = False) -> None:
         return
     assert self.is_gathered and self.grad_reduce_work is None
     self.cuda_shard = torch.empty(self.shard_size, dtype=self.dtype, device=get_accelerator().get_current_device())
-    dist.reduce_scatter_tensor(self.cuda_shard, self.cuda_global_chunk, group=self.torch_pg, async_op=True).wait()  # pyright: ignore[reportOptionalMemberAccess]
+    work = dist.reduce_scatter_tensor(
+        self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True
+    )
+    work.wait()  # pyright: ignore[reportOptionalMemberAccess]
     _free_after_this_stream(self.cuda_global_chunk)
     self.is_gathered = False
     for info in self.tensors_info.values():
@@ -142,9 +145,16 @@ def reduce(self: Any, async_op: bool = False) -> None:
 _reduce = Chunk.reduce
 
 
+def mean_or_sum(chunk: Any) -> Any:
+    """What :func:`reduce` can do for a chunk's gradients: NCCL has a mean, gloo and one rank alone do not."""
+    on_gpus = chunk.pg_size > 1 and not chunk.keep_gathered and dist.get_backend(chunk.torch_pg) == "nccl"
+    return dist.ReduceOp.AVG if on_gpus else dist.ReduceOp.SUM
+
+
 @functools.cache
 def install() -> None:
     """Replace the methods of every chunk in this process."""
+    Chunk.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]  (what upstream does)
     Chunk._Chunk__scatter = scatter  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__gather = gather  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__update_tensors_ptr = update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]

@@ -126,7 +126,9 @@ def _calc_global_norm(optimizer: Any) -> float:
         chunk = optimizer.param_to_chunk16[fake]
         grad_chunk = chunk if optimizer.chunk_manager.reuse_fp16_chunk else chunk.grad_chunk
         copies = (1 if is_split(real[id(fake)]) else tp_size) * (zero_size if grad_chunk.is_gathered else 1)
-        norms.setdefault((fake.grad.device, copies), []).append(fake.grad)
+        begin, end = optimizer.param_to_range[fake]
+        gradient = grad_chunk.payload[begin:end]
+        norms.setdefault((gradient.device, copies), []).append(gradient)
     total = 0.0
     for (_, copies), grads in norms.items():
         parts = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))

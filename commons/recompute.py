@@ -1,0 +1,46 @@
+"""What a transformer block keeps for its backward pass, and what it computes again: ``--activation_checkpointing``.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", keep every block's input alone ("on"). Korthikanti et
+al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5, keep what is dear to compute and
+recompute what is cheap. Here "selective" keeps the results of matrix products with weights and of fused attention:
+10 of some 15 tensors of the size of the hidden states a block; norms, GELU and what a residual needs are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+MODES = ("off", "selective", "on")
+
+
+def checkpoint_arguments(mode: str) -> dict[str, Any]:
+    """Keyword arguments of ``torch.utils.checkpoint.checkpoint`` for "selective" or "on"."""
+    # the reentrant kind refuses what has no gradient at its inputs and runs outside of saved-tensor hooks
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_what_is_dear())
+    return arguments
+
+
+def _keep_what_is_dear() -> Callable:
+    import torch
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    aten = torch.ops.aten
+    dear = {
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+
+    def policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
