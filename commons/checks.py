@@ -438,6 +438,30 @@ def _kernels(job: Job) -> Iterator[str]:
         )
 
 
+def _fp8(job: Job) -> Iterator[str]:
+    """Where ``--precision fp8`` has no kernels: on other devices, under hooks an operation, for odd sizes."""
+    config, shape = job.config, job.shape
+    if config.precision != "fp8" or job.plan is None or "fp8" not in job.plan.precisions:
+        return
+    instead = "use --precision bf16"
+    if job.device_type != "cuda":
+        yield f"--precision fp8 needs a GPU that has it (RTX 40, L40S, H100 or newer), not a CPU: {instead}"
+    elif job.gpu_count:
+        import torch
+
+        from commons.fp8 import FIRST_CAPABILITY
+
+        if torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+            name = torch.cuda.get_device_name()
+            yield f"--precision fp8 needs a GPU that has it (RTX 40, L40S, H100 or newer), not {name}: {instead}"
+    if config.tp_degree > 1 or config.gemini_hooks == "operation":
+        yield f"--precision fp8 takes whole blocks: use --tp_degree 1 and --gemini_hooks block, or {instead}"
+    tokens = (config.batch_size or 0) * (config.seq_len or 0)
+    for what, size in (("--hidden_size", shape.hidden if shape else 0), ("--batch_size x --seq_len", tokens)):
+        if size % 16:
+            yield f"--precision fp8 needs a {what} that is a multiple of 16, got {size}: use {size // 16 * 16 + 16}"
+
+
 def _machine(job: Job) -> Iterator[str]:
     if job.device_type != "cuda":
         return
@@ -523,6 +547,7 @@ CHECKS = (
     _layout,
     _compile,
     _kernels,
+    _fp8,
     _machine,
     _output,
 )

@@ -47,6 +47,11 @@ def wants_compile(config: TrainConfig, device_type: str) -> bool:
     return config.compile == "on"
 
 
+def wants_functions(config: TrainConfig, device_type: str) -> bool:
+    """Whether the model runs as functions of tensors: to be compiled, or since only they know fp8."""
+    return wants_compile(config, device_type) or config.precision == "fp8"
+
+
 def functions_for(config: TrainConfig, device_type: str, backend: str | Callable = "inductor") -> GPT2Functions:
     """The model's functions as ``config`` wants them, compiled or not."""
     from commons.gpt2_functions import gpt2_functions
@@ -60,6 +65,7 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
         attention=config.attention,
         dropout=config.dropout,
         recompute=config.activation_checkpointing,
+        fp8=config.precision == "fp8",
         **options,
     )
 

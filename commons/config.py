@@ -150,8 +150,10 @@ class OptimizerFlags:
     beta2: float = _flag(0.95, "decay of the mean of squared gradients", "B")
     adam_eps: float = _flag(1e-8, "added to the root of the mean of squared gradients", "EPS")
     clip_grad_norm: float = _flag(0.0, "scale gradients down to this global norm; 0: never", "NORM")
-    precision: Literal["bf16", "fp16", "fp32"] = _flag(
-        "bf16", "of compute; master weights are fp32 always, fp16 has a dynamic loss scale"
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] = _flag(
+        "bf16",
+        "of compute; master weights are fp32 always, fp16 has a dynamic loss scale. fp8: as bf16, with the blocks' matrix"
+        " products in fp8, for GPUs that have it (RTX 40, L40S, H100 and newer)",
     )
 
 
@@ -258,6 +260,11 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
                 "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
             }
         return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
+
+    @property
+    def base_precision(self) -> str:
+        """What is computed and kept in where no matrix product of a block is meant: fp8 is bf16 there."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     @property
     def model_parallel_size(self) -> int:

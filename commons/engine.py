@@ -95,7 +95,7 @@ def build_session(config: TrainConfig, device: Device) -> Session:
     plan = PLANS[config.distplan]
     trainable = plan.build(config, device)
     if config.measure_peak:
-        peak = measured_peak_flops(device, config.precision)
+        peak = measured_peak_flops(device, config.base_precision)
     else:
         peak = metrics.peak_flops(device.name, config.precision)
     return Session(config, device, plan, config.shape(), trainable, peak)

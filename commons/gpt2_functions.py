@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from commons.fp8 import fp8_linear
 from commons.fused_loss import next_token_loss, softmax_gradient
 from commons.recompute import checkpoint_arguments
 from model_zoo import ModelShape
@@ -83,6 +84,7 @@ def gpt2_functions(
     attention: str = "sdpa",
     dropout: float = 0.0,
     recompute: str = "off",
+    fp8: bool = False,
     transform: Callable[[Callable], Callable] = _unchanged,
 ) -> GPT2Functions:
     """The functions of one model size, in training mode.
@@ -91,18 +93,20 @@ def gpt2_functions(
         attention: "sdpa", "flash" (the same; the caller restricts torch to its flash kernel) or "eager".
         dropout: probability, the same for embeddings, attention weights and residuals.
         recompute: what a block computes again on the way back: "off", "selective" or "on", see commons.recompute.
+        fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
     heads, vocab = shape.heads, shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
+    linear = fp8_linear if fp8 else _linear
 
     def embed(tokens: torch.Tensor, token_table: torch.Tensor, position_table: torch.Tensor) -> torch.Tensor:
         hidden = functional.embedding(tokens, token_table) + position_table[: tokens.shape[1]]
         return functional.dropout(hidden, dropout) if dropout else hidden
 
     def block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend)
+        return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend, linear=linear)
 
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
@@ -151,21 +155,21 @@ def _block(
     heads: int,
     dropout: float,
     attend: Callable,
+    linear: Callable,
 ) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
-    qkv = _linear(_layer_norm(hidden, norm_1_weight, norm_1_bias), qkv_weight, qkv_bias)
+    qkv = linear(_layer_norm(hidden, norm_1_weight, norm_1_bias), qkv_weight, qkv_bias)
     # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side
     # by side as they lie
     query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
     attended = attend(query, key, value, dropout).transpose(1, 2).flatten(2)
-    hidden = _linear_dropped(attended, attention_out_weight, attention_out_bias, dropout) + hidden
-    inner = _linear(_layer_norm(hidden, norm_2_weight, norm_2_bias), up_weight, up_bias)
-    return hidden + _linear_dropped(functional.gelu(inner, approximate="tanh"), down_weight, down_bias, dropout)
+    hidden = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout) + hidden
+    inner = linear(_layer_norm(hidden, norm_2_weight, norm_2_bias), up_weight, up_bias)
+    return hidden + _dropped(linear(functional.gelu(inner, approximate="tanh"), down_weight, down_bias), dropout)
 
 
-def _linear_dropped(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: float) -> torch.Tensor:
-    out = _linear(hidden, weight, bias)
-    return functional.dropout(out, dropout) if dropout else out
+def _dropped(hidden: torch.Tensor, dropout: float) -> torch.Tensor:
+    return functional.dropout(hidden, dropout) if dropout else hidden
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:

@@ -266,7 +266,7 @@ def _geforce_peak(card: GeForce) -> PeakRates:
 
 
 PEAK_RATES: tuple[PeakRates, ...] = (*DATACENTER_PEAKS, *map(_geforce_peak, GEFORCE_CARDS))
-PRECISIONS = ("bf16", "fp16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -276,7 +276,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
     Args:
         device_name: as the driver gives it, "NVIDIA H100 80GB HBM3" for one.
-        precision: "bf16", "fp16" or "fp32".
+        precision: "bf16", "fp16" or "fp32". "fp8" has no peak: its matrix products are of two kinds.
 
     Raises:
         ValueError: unknown precision.
@@ -284,7 +284,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; take one of {', '.join(PRECISIONS)}")
     rates = peak_rates(device_name)
-    tflops = getattr(rates, precision) if rates else None
+    tflops = getattr(rates, precision, None) if rates else None
     return None if tflops is None else tflops * TERA
 
 

@@ -47,6 +47,7 @@ BOUNDS = {
     "fp32": Bound(loss=1e-6, grad_norm=1e-5),
     "fp16": Bound(loss=1e-4, grad_norm=4e-3),
     "bf16": Bound(loss=5e-4, grad_norm=1e-2),
+    "fp8": Bound(loss=5e-3, grad_norm=1e-1),
 }
 
 
@@ -93,7 +94,7 @@ def reference_steps(
     """
     with device:
         model = build_model(config.shape())
-    rounded_to = compute_dtype(config.precision)
+    rounded_to = compute_dtype(config.base_precision)
     seeded_init_(model, config.seed, device, rounded_to)
     adam = torch.optim.AdamW(
         decay_groups(model, config.weight_decay), betas=(config.beta1, config.beta2), eps=config.adam_eps

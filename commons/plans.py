@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from commons.device import Device
     from commons.trainables import Trainable
 
-ALL_PRECISIONS = ("bf16", "fp16", "fp32")
+ALL_PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ PLANS: dict[str, Plan] = {
             "CAI_Gemini",
             "Colossal-AI Gemini: parameters, gradients and optimizer states in sharded chunks, on device or host",
             _gemini,
-            precisions=("bf16", "fp16"),
+            precisions=("bf16", "fp16", "fp8"),
             placement=True,
             tensor_parallel=True,
         ),
@@ -90,6 +90,7 @@ PLANS: dict[str, Plan] = {
             "CAI_Hybrid",
             "Colossal-AI tensor and pipeline parallelism, with ZeRO 0, 1 or 2 over the data-parallel ranks",
             _hybrid,
+            precisions=("bf16", "fp16", "fp32"),
             tensor_parallel=True,
             sequence_parallel=True,
             pipeline=True,

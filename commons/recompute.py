@@ -34,6 +34,7 @@ def _keep_what_is_dear() -> Callable:
     dear = {
         aten.mm.default,
         aten.addmm.default,
+        aten._scaled_mm.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,

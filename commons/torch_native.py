@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commons.compiling import functions_for, run_as_functions, wants_compile
+from commons.compiling import functions_for, run_as_functions, wants_functions
 from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.trainables import Update
@@ -28,7 +28,7 @@ class TorchTrainable:
     def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
-        self._autocast_dtype = compute_dtype(config.precision) if autocast and config.precision != "fp32" else None
+        self._autocast_dtype = compute_dtype(config.base_precision) if autocast and config.precision != "fp32" else None
         self._device_type = device.type
         fp16 = config.precision == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=fp16)
@@ -73,8 +73,8 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing,
         )
-    seeded_init_(model, config.seed, device.torch_device, compute_dtype(config.precision))
-    if wants_compile(config, device.type):
+    seeded_init_(model, config.seed, device.torch_device, compute_dtype(config.base_precision))
+    if wants_functions(config, device.type):
         run_as_functions(model, functions_for(config, device.type))
     if kind == "fsdp":
         return _fully_sharded(model, config, device)
@@ -94,7 +94,9 @@ def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> Tor
         from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = dist.init_device_mesh(device.type, (device.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if config.precision == "fp32" else compute_dtype(config.precision))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if config.precision == "fp32" else compute_dtype(config.base_precision)
+    )
     for block in model.transformer.h:  # pyright: ignore
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

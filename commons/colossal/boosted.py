@@ -10,7 +10,7 @@ from torch import nn
 
 from commons.colossal.chunks import blocks_first, chunk_configuration
 from commons.colossal.runtime import prepare
-from commons.compiling import functions_for, run_as_functions, wants_compile
+from commons.compiling import functions_for, run_as_functions, wants_compile, wants_functions
 from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
@@ -70,7 +70,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     offloads = placement["placement_policy"] == "auto" or placement["offload_optim_frac"] > 0
     plugin = GeminiPlugin(
         **placement,
-        precision=config.precision,
+        precision=config.base_precision,
         max_norm=config.clip_grad_norm,
         max_prefetch=config.max_prefetch,
         enable_gradient_accumulation=config.grad_accum > 1,
@@ -99,10 +99,10 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
     from colossalai.booster.plugin import LowLevelZeroPlugin
 
     plugin = LowLevelZeroPlugin(
-        stage=stage, precision=config.precision, max_norm=config.clip_grad_norm, initial_scale=2**16
+        stage=stage, precision=config.base_precision, max_norm=config.clip_grad_norm, initial_scale=2**16
     )
     model = new_model(config, device, lazy=False)
-    if wants_compile(config, device.type):
+    if wants_functions(config, device.type):
         run_as_functions(model, functions_for(config, device.type))
     return boost(plugin, model, config, no_sync=stage == 1)
 
@@ -121,7 +121,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
             dropout=config.dropout,
             activation_checkpointing=config.activation_checkpointing,
         )
-    seeded_init_(model, config.seed, device.torch_device, None if lazy else compute_dtype(config.precision))
+    seeded_init_(model, config.seed, device.torch_device, None if lazy else compute_dtype(config.base_precision))
     return model
 
 
