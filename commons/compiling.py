@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Triton compiles its launchers with a C compiler, inductor its CPU kernels with a C++ one: variable, usual names
 COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# Norms, activations and losses are tried in several tile sizes on the device: ten seconds more in the first
+# compilation for 2 % of a gpt2_xl step, whose width of 1600 the compiler's guess does not suit (benchmarks/NOTES.md)
+INDUCTOR_OPTIONS: dict[str, Any] = {"max_autotune_pointwise": True}
 
 
 def compile_problem(device_type: str) -> str | None:
@@ -90,16 +93,16 @@ class CompiledFunction:
     """A function of tensors that compiles itself at its first call, and runs as it is where that fails.
 
     Args:
-        function: whole, without graph breaks.
+        function: whole, without graph breaks; new shapes compile again.
         backend: of torch.compile.
-        dynamic: one graph for all shapes; else new shapes compile again.
     """
 
-    def __init__(self, function: Callable, backend: str | Callable = "inductor", dynamic: bool = False) -> None:
+    def __init__(self, function: Callable, backend: str | Callable = "inductor") -> None:
         import torch
 
         self._function = function
-        self._run: Callable = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+        options = INDUCTOR_OPTIONS if backend == "inductor" else None
+        self._run: Callable = torch.compile(function, backend=backend, fullgraph=True, dynamic=False, options=options)
         self._compiled = False
 
     def __call__(self, *arguments: Any) -> Any:

@@ -152,8 +152,8 @@ class OptimizerFlags:
     clip_grad_norm: float = _flag(0.0, "scale gradients down to this global norm; 0: never", "NORM")
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = _flag(
         "bf16",
-        "of compute; master weights are fp32 always, fp16 has a dynamic loss scale. fp8: as bf16, with the blocks' matrix"
-        " products in fp8, for GPUs that have it (RTX 40, L40S, H100 and newer)",
+        "of compute; master weights are fp32 always, fp16 has a dynamic loss scale. fp8: as bf16, but with the matrix"
+        " products of the blocks in fp8, for GPUs that have it (RTX 40, L40S, H100 and newer)",
     )
 
 

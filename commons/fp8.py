@@ -2,8 +2,8 @@
 
 Micikevicius et al. 2022, "FP8 Formats for Deep Learning": values and weights in e4m3, gradients in e5m2, each tensor
 scaled so that its largest magnitude is the largest number of its format. Scales are taken from the tensors themselves
-(dynamic, one a tensor); products are summed up in fp32 and given out in bf16. Everything else of the model, the head and
-its loss among it, stays in bf16, the master weights in fp32.
+(dynamic, one a tensor); products are summed up in fp32 and given out in bf16. Everything else of the model, the head
+and its loss among it, stays in bf16, the master weights in fp32.
 """
 
 from __future__ import annotations

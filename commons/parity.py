@@ -47,7 +47,7 @@ BOUNDS = {
     "fp32": Bound(loss=1e-6, grad_norm=1e-5),
     "fp16": Bound(loss=1e-4, grad_norm=4e-3),
     "bf16": Bound(loss=5e-4, grad_norm=1e-2),
-    "fp8": Bound(loss=5e-3, grad_norm=1e-1),
+    "fp8": Bound(loss=1e-3, grad_norm=4e-2),
 }
 
 

@@ -158,7 +158,9 @@ class CompiledAdam:
     ALIGNMENT_BYTES = 16  # the compiler would copy what is aligned less
 
     def __init__(self) -> None:
-        self._update = CompiledFunction(_adam_arithmetic, dynamic=True)
+        # A graph a size, of which a rank has few: with a size unknown to the compiler its masks keep accesses narrow
+        # (0.156 ms instead of 0.091 where gradient and weights are one tensor; H200, 12.6 million elements).
+        self._update = CompiledFunction(_adam_arithmetic)
 
     def __call__(self, slots: Sequence[AdamSlot], settings: AdamSettings) -> None:
         large, rest = [], []

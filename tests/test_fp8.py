@@ -1,0 +1,59 @@
+"""fp8 linear layers against bf16 ones, and a model that still learns the same. The kernel is torch's on any device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from commons.fp8 import E4M3, E5M2, fp8_linear, quantize
+from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
+from model_zoo import MODEL_SIZES, build_model
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(E4M3, 2**-3), (E5M2, 2**-2)])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_quantize_keeps_numbers_of_any_size(dtype: torch.dtype, step: float, size: float) -> None:
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * size
+    values, scale = quantize(tensor, dtype)
+    assert values.float().abs().max() == torch.finfo(dtype).max or size < 1e-12
+    if size > 1e-12:
+        large = tensor.abs() > tensor.abs().max() * 2**-5  # smaller ones lose bits
+        error = ((values.float() * scale - tensor) / tensor)[large].abs().max().item()
+        assert error <= step / 2 * 1.01
+
+
+def test_quantize_zeros() -> None:
+    values, scale = quantize(torch.zeros(16), E4M3)
+    assert values.float().eq(0).all() and scale.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 32, 64).to(dtype).requires_grad_()
+    weight = (torch.randn(64, 128) * 0.02).to(dtype).requires_grad_()
+    bias = torch.randn(128).to(dtype).requires_grad_()
+    out = fp8_linear(hidden, weight, bias)
+    slope = torch.randn_like(out)
+    got = torch.autograd.grad(out, (hidden, weight, bias), slope)
+    exact = hidden @ weight + bias
+    wanted = torch.autograd.grad(exact, (hidden, weight, bias), slope.to(dtype))
+    assert out.dtype == torch.bfloat16 and [each.dtype for each in got] == [dtype] * 3
+    # about half a step of e4m3 (2**-4) and of e5m2 (2**-3), averaged over random factors
+    assert relative(out, exact) < 0.05
+    assert [relative(*pair) < 0.08 for pair in zip(got[:2], wanted[:2], strict=True)] == [True, True]
+    assert relative(got[2], wanted[2]) < 0.01
+
+
+def test_block_in_fp8_is_the_block_but_for_rounding() -> None:
+    shape = MODEL_SIZES["gpt2_tiny"]
+    torch.manual_seed(0)
+    block = build_model(shape).transformer.h[0].bfloat16()
+    parameters = [block.get_parameter(name) for name in BLOCK_PARAMETERS]
+    hidden = torch.randn(2, 32, shape.hidden).bfloat16()
+    exact, rounded = (gpt2_functions(shape, fp8=fp8).block(hidden, *parameters) for fp8 in (False, True))
+    assert 0 < relative(rounded - hidden, exact - hidden) < 0.1
