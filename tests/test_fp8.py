@@ -52,8 +52,8 @@ def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
 def test_block_in_fp8_is_the_block_but_for_rounding() -> None:
     shape = MODEL_SIZES["gpt2_tiny"]
     torch.manual_seed(0)
-    block = build_model(shape).transformer.h[0].bfloat16()
+    block = build_model(shape).transformer.h[0]
     parameters = [block.get_parameter(name) for name in BLOCK_PARAMETERS]
-    hidden = torch.randn(2, 32, shape.hidden).bfloat16()
+    hidden = torch.randn(2, 32, shape.hidden)
     exact, rounded = (gpt2_functions(shape, fp8=fp8).block(hidden, *parameters) for fp8 in (False, True))
     assert 0 < relative(rounded - hidden, exact - hidden) < 0.1
