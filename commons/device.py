@@ -4,6 +4,7 @@ branches on cuda or cpu.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -12,6 +13,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -143,6 +145,28 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank gets when another one has gone, in a job of several."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def leave_together(exit_code: int) -> NoReturn:
+    """Leave (see there) when all ranks have come here, or as soon as one has gone (collective)."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    leave(exit_code)
+
+
 def leave(exit_code: int) -> NoReturn:
     """Leave the process group (collective) and end the process at once.
 
@@ -171,10 +195,14 @@ class PhaseClock:
     On a GPU the phases are bounded by CUDA events on the current stream, on a CPU by the host's clock.
     ``step_seconds`` is the host's clock from :meth:`start` to the end of the synchronisation, so nothing that
     the step did is left out.
+
+    Args:
+        on_phase: called with the phase's name as it begins.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, on_phase: Callable[[str], object] | None = None) -> None:
         self._device = device
+        self._on_phase = on_phase
         self._start = 0.0
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
@@ -195,6 +223,8 @@ class PhaseClock:
         """``phase``, one of ``PHASES``, begins here and lasts until the next mark. A phase may come more than
         once; times add up.
         """
+        if self._on_phase is not None:
+            self._on_phase(phase)
         self._marks.append((phase, self._now()))
 
     def stop(self) -> StepTiming:
