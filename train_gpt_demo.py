@@ -13,6 +13,7 @@ from commons import device
 from commons.config import TrainConfig
 from commons.guard import Guard, on_duty
 from commons.noise import quiet_libraries
+from commons.pulse import group_timeout_seconds
 from commons.run_log import open_log
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
         quiet_libraries()
         guard.beat("join")
         guard.timeout_seconds = config.timeout
-        here = device.launch(config.device, config.timeout)
+        here = device.launch(config.device, group_timeout_seconds(config.timeout))
         train(config.named(here.world_size), here, guard)
         guard.leave()
 

@@ -69,12 +69,12 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         self._begin(self._attempt)
-        pids = super()._start_workers(worker_group)
+        pids: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         self._watch.started({worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
         return pids
 
     def _monitor_workers(self, worker_group: Any) -> Any:
-        result = super()._monitor_workers(worker_group)
+        result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         if not result.is_failed():
             self._watch.look()
         elif self._is_final(result.failures):
@@ -134,7 +134,7 @@ def run_agent(
         master_addr=nodes.master_addr,
         master_port=store.port,
     )
-    result = Agent(spec, DefaultLogsSpecs(log_dir=str(folder)), **hooks).run()
+    result: Any = Agent(spec, DefaultLogsSpecs(log_dir=str(folder)), **hooks).run()
     if result.is_failed():
         raise ChildFailedError(name=command[0], failures=result.failures)
 

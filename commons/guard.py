@@ -180,7 +180,7 @@ class Guard:
         return min(self._deadline, self._pulse.last.seconds + self._patience())
 
     def _patience(self) -> float:
-        return patience_seconds(self.timeout_seconds, self._pulse.last.phase)
+        return patience_seconds(self.timeout_seconds, self._pulse.last)
 
     def _look(self) -> None:
         now, beat = time.monotonic(), self._pulse.last

@@ -72,6 +72,7 @@ JOB_VARIABLES = {
 OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
 OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
 
+
 class Stopped(BaseException):
     """A signal asked the launcher to end while torchrun's engine was not there to see to it."""
 

@@ -29,7 +29,7 @@ PHASES = {
 NAMES = tuple(PHASES)
 LAYOUT = struct.Struct("<qqqd")  # beats, step, phase, seconds on the monotonic clock, which all processes share
 
-START_SECONDS = 120.0
+START_SECONDS = 120.0  # least for imports, the model and a first step, which compiles, whatever --timeout is
 MOST_MARGIN_SECONDS = 5.0
 
 
@@ -97,11 +97,14 @@ def _unpack(data: bytes | bytearray | mmap.mmap) -> Beat:
     return Beat(count, step, NAMES[phase], seconds)
 
 
-def patience_seconds(timeout_seconds: float, phase: str) -> float:
-    """How long a rank may go without a beat before it counts as hung.
-
-    A little less than --timeout, at which the collectives of its peers give up: whoever hangs is to be named
-    before these fail for want of it. Imports have two minutes whatever --timeout is.
+def patience_seconds(timeout_seconds: float, beat: Beat) -> float:
+    """How long a rank may go without a beat before it counts as hung: a little less than --timeout, at which the
+    collectives of its peers give up, since whoever hangs is to be named before these fail for want of it.
     """
     patience = timeout_seconds - min(MOST_MARGIN_SECONDS, timeout_seconds / 4)
-    return max(patience, START_SECONDS) if phase == "start" else patience
+    return patience if beat.step > 1 else max(patience, START_SECONDS)
+
+
+def group_timeout_seconds(timeout_seconds: float) -> float:
+    """The limit of a collective, which is that of the whole run, for a --timeout."""
+    return max(timeout_seconds, START_SECONDS + MOST_MARGIN_SECONDS)

@@ -37,8 +37,10 @@ NOT_RUNNING = {
     "Z": "its process has ended",
 }
 # in the innermost line of a rank that waits for other ranks, or for the device, which waits for them
-WAITING_FILE = re.compile(r'File "[^"]*/torch/(distributed|cuda)/')
-WAITING_CODE = re.compile(r"\.(wait|item|tolist|synchronize|barrier)\(|\ball_(gather|reduce)|\bbroadcast\(|\brecv\(")
+WAITING_FILE = re.compile(r'File "[^"]*/torch/(distributed|cuda|nn/parallel)/')
+WAITING_CODE = re.compile(
+    r"\.(wait|item|tolist|synchronize)\(|barrier|broadcast|all_gather|all_reduce|reduce_scatter|recv|run_backward"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Watch:
         beats = [self._beat(rank) for rank in self._pids]
         latest = max(beats, key=lambda beat: beat.seconds)
         quiet = now - max(latest.seconds, self._awake_since)
-        patience = max(patience_seconds(self._timeout, beat.phase) for beat in beats)
+        patience = max(patience_seconds(self._timeout, beat) for beat in beats)
         if quiet >= patience or self._asked_by_another_node():
             self._judge(self._sightings(), quiet)
 
@@ -240,7 +242,8 @@ def process_state(pid: int) -> str:
 def threads_of(stack: str) -> list[list[str]]:
     """The threads in what faulthandler wrote, each its frames, without the guard's own."""
     parts = [part.strip().splitlines()[1:] for part in re.split(r"(?m)^(?=(?:Current thread|Thread) 0x)", stack)]
-    return [frames for frames in parts if frames and not any("guard.py" in line for line in frames)]
+    without_imports = [[line for line in frames if "<frozen importlib" not in line] for frames in parts]
+    return [frames for frames in without_imports if frames and not any("guard.py" in line for line in frames)]
 
 
 def main_thread(stack: str) -> list[str]:
