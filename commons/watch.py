@@ -1,7 +1,8 @@
 """The launcher's watch over the ranks of its machine: which one hangs, where, and what it left behind.
 
 The ranks beat (commons.pulse). When none has moved for --timeout, the rank to blame is the one that is stopped,
-else the one that is behind, else the one that is not waiting for the others: its peers only wait for it.
+else the one that is behind, else the one that is not waiting for the others, else the one that waits earlier in
+the program: its peers only wait for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import linecache
 import os
 import re
 import signal
@@ -76,7 +78,22 @@ def suspects(sightings: Sequence[Sighting]) -> list[Sighting]:
     behind = [seen for seen in sightings if seen.beats == fewest]
     if len(behind) < len(sightings):
         return behind
-    return [seen for seen in behind if seen.stack and not seen.waits] or behind
+    return [seen for seen in behind if seen.stack and not seen.waits] or at_the_earliest_line(behind)
+
+
+def at_the_earliest_line(sightings: list[Sighting]) -> list[Sighting]:
+    """Those of ranks that all wait which are behind in the program, that of all: the others wait at a later line
+    of the function where their stacks part. All, where that cannot be told.
+    """
+    calls = [[_place(frame) for frame in reversed(main_thread(seen.stack))] for seen in sightings]
+    for level in zip(*calls, strict=False):
+        if len({(file, function) for file, _, function in level}) > 1:
+            return sightings
+        first = min(line for _, line, _ in level)
+        behind = [seen for seen, (_, line, _) in zip(sightings, level, strict=True) if line == first]
+        if len(behind) < len(sightings):
+            return behind
+    return sightings
 
 
 class Watch:
@@ -261,9 +278,13 @@ def _shortened(stack: str) -> list[str]:
     return lines[:-1][: 3 * MOST_FRAMES]
 
 
-def _source(frame: str) -> str:
-    """The line of code of a frame as faulthandler writes it."""
-    import linecache
+def _place(frame: str) -> tuple[str, int, str]:
+    """File, line number and function of a frame as faulthandler writes it."""
+    found = re.search(r'File "([^"]+)", line (\d+) in (.+)', frame)
+    return (found[1], int(found[2]), found[3]) if found else (frame, 0, "")
 
-    found = re.search(r'File "([^"]+)", line (\d+)', frame)
-    return linecache.getline(found[1], int(found[2])) if found else ""
+
+def _source(frame: str) -> str:
+    """The line of code there."""
+    file, line, _ = _place(frame)
+    return linecache.getline(file, line)
