@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from commons.ending import attempt_number
+
 if TYPE_CHECKING:
     import torch
 
@@ -131,10 +133,26 @@ def launch(device_type: str, timeout_seconds: float) -> Device:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
         name = torch.cuda.get_device_name(local_rank)
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **_meeting_place(timeout))
     return Device(device_type, name, dist.get_rank(), local_rank, dist.get_world_size())
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group for a run that torchrun's engine started again: a part of the store that
+    the attempts before have not written in.
+
+    torch takes it for granted that every attempt has a store of its own. With torchrun's static rendezvous none
+    but the first has, and ranks would call at the addresses of the dead.
+    """
+    import torch.distributed as dist
+
+    attempt = attempt_number()
+    if attempt == 1:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def teardown() -> None:

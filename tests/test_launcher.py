@@ -472,7 +472,7 @@ def test_root_cause_is_the_killed_rank_not_its_peers_errors(failure: Any) -> Non
 def test_root_cause_is_not_a_rank_that_the_engine_ended(failure: Any) -> None:
     cause = failure(1, 0, recorded=True)
     assert root_cause({1: cause, 0: failure(-signal.SIGTERM, 0)})[0] == 1
-    assert root_cause({1: cause, 0: failure(-signal.SIGKILL, launcher.SHUTDOWN_SECONDS)})[0] == 1
+    assert root_cause({1: cause, 0: failure(-signal.SIGKILL, launcher.EARLY_SECONDS)})[0] == 1
     assert root_cause({1: cause, 0: failure(-signal.SIGABRT, 0)})[0] == 1
 
 

@@ -325,13 +325,12 @@ SCENARIOS |= {
 
 @scenario
 def full_disk(folder: Path) -> Remains:
-    logs = folder / "logs"
-    mount = f'mkdir {logs} && mount -t tmpfs -o size=48k none {logs} && exec "$@"'
-    # the tmpfs goes with the namespace: keep what was written
-    keep = f'bash -c {json.dumps(mount)} mount "$@"; code=$?; cp -r {logs}/run {folder}/kept; exit $code'
-    run = Run(folder, "launcher", *LONG, prefix=("unshare", "-m", "bash", "-c", keep, "keep"))
-    remains = run.end()
-    return remains
+    script = (
+        'logs="$1" kept="$2"; shift 2; mkdir "$logs"; mount -t tmpfs -o size=32k none "$logs"; code=0;'
+        ' "$@" || code=$?; cp -r "$logs/run" "$kept"; exit $code'  # the file system goes with the namespace
+    )
+    inside = ("unshare", "-m", "bash", "-c", script, "bash", str(folder / "logs"), str(folder / "kept"))
+    return Run(folder, "launcher", *LONG, prefix=inside).end()
 
 
 def can_mount() -> bool:
