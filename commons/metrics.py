@@ -77,7 +77,7 @@ class StepRecord:
     device_memory_peak_rank: int | None
     host_memory_mib: float
     host_memory_peak_rank: int
-    nonfinite_loss_ranks: Sequence[int] = ()
+    nonfinite_loss_ranks: list[int] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The record by its field names, ready for JSON: NaN and infinities, unknown there, become None."""

@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 from suite_runs import REPOSITORY, clean_environment
 
+from commons.watch import process_state
+
 pytestmark = pytest.mark.timeout(900)
 
 AT_ONCE = 3
@@ -46,6 +48,7 @@ class Run:
 
     def __init__(self, folder: Path, start: str, *flags: str, trouble: str = "", prefix: tuple[str, ...] = ()) -> None:
         self.folder, self.run_dir = folder, folder / "logs" / "run"
+        self.ranks: set[int] = set()
         folder.mkdir()
         (folder / "tmp").mkdir()
         script = WORKER if trouble else TRAIN
@@ -72,6 +75,16 @@ class Run:
         """Whatever the run started and is still there, zombies too."""
         return [pid for pid in _children_of_tests() if _is_of(pid, self.folder)]
 
+    def note_ranks(self) -> list[int]:
+        """The processes that train, those with a rank in their environment; noted, to look for zombies later."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+        self.ranks |= set(found)
+        return found
+
     @property
     def console(self) -> str:
         return (self.folder / "console").read_text()
@@ -85,6 +98,7 @@ class Run:
 
     def wait_for_steps(self, count: int) -> None:
         metrics = self.run_dir / "metrics.jsonl"
+        self.wait_until("the ranks' start", lambda: bool(self.note_ranks()))
         self.wait_until(f"step {count}", lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count)
 
     def end(self, seconds: float = RUN_SECONDS) -> Remains:
@@ -105,9 +119,12 @@ class Run:
     def _left(self) -> list[str]:
         """Command lines of what outlives the run by more than a second or two."""
         deadline = time.monotonic() + 3
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while (left := self.processes() + self._zombies()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return [_command_line(pid) for pid in left]
+
+    def _zombies(self) -> list[int]:
+        return [pid for pid in self.ranks if process_state(pid) == "Z" and Path(f"/proc/{pid}").exists()]
 
 
 @dataclass
@@ -171,16 +188,6 @@ def _command_line(pid: int) -> str:
     with contextlib.suppress(OSError):
         return f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes().replace(bytes(1), b' ').decode()}"
     return f"{pid}"
-
-
-def ranks_of(run: Run) -> list[int]:
-    """The processes that train: those with a rank in their environment."""
-    found = []
-    for pid in run.processes():
-        with contextlib.suppress(OSError):
-            if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-                found.append(pid)
-    return found
 
 
 # ---- the scenarios
@@ -259,7 +266,7 @@ def rank_alone_is_signalled(folder: Path) -> Remains:
     run = Run(folder, "launcher", *LONG)
     run.wait_for_steps(2)
     began = time.monotonic()
-    os.kill(ranks_of(run)[1], signal.SIGTERM)
+    os.kill(run.note_ranks()[1], signal.SIGTERM)
     remains = run.end()
     remains.seconds = time.monotonic() - began
     return remains
@@ -268,7 +275,7 @@ def rank_alone_is_signalled(folder: Path) -> Remains:
 @scenario
 def before_the_first_step(folder: Path) -> Remains:
     run = Run(folder, "launcher", *LONG)
-    run.wait_until("the ranks have started", lambda: len(ranks_of(run)) == 2)
+    run.wait_until("the ranks' start", lambda: len(run.note_ranks()) == 2)
     time.sleep(1)
     run.process.send_signal(signal.SIGINT)
     return run.end()
