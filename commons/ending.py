@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+HOW = ("finished", "bad steps", "failed", "hung")  # and the names of STOP_SIGNALS
 # Ctrl-C, `kill`, a closed terminal, Ctrl-\ and what Slurm can be asked to send before the time limit. Each asks
 # for an orderly end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -43,6 +44,9 @@ class Ended:
     how: str
     why: str = ""
     exit_code: int = FAILURE
+
+    def __post_init__(self) -> None:
+        assert self.how in HOW or self.how in {signum.name for signum in STOP_SIGNALS}, self.how
 
 
 FINISHED = Ended("finished", exit_code=0)

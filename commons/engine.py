@@ -14,7 +14,7 @@ from commons import metrics
 from commons.config import TrainConfig
 from commons.data import random_tokens
 from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
-from commons.ending import Ended
+from commons.ending import Ended, attempt_number, attempts_allowed
 from commons.gpt2_functions import attention_backend
 from commons.guard import Guard
 from commons.layout import Place, place
@@ -71,6 +71,7 @@ class Session:
             "pp": config.pp_degree,
             "world_size": world_size,
             "places": _place_lines(self) if config.model_parallel_size > 1 else [],
+            "notes": [f"attempt {attempt} of {attempts_allowed()}"] if (attempt := attempt_number()) > 1 else [],
             "micro_batch_size": config.batch_size,
             "grad_accum": config.grad_accum,
             "global_batch_size": self.sequences_per_step,
