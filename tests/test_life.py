@@ -73,7 +73,7 @@ class Run:
 
     def processes(self) -> list[int]:
         """Whatever the run started and is still there, zombies too."""
-        return [pid for pid in _children_of_tests() if _is_of(pid, self.folder)]
+        return processes_of(self.folder)
 
     def note_ranks(self) -> list[int]:
         """The processes that train, those with a rank in their environment; noted, to look for zombies later."""
@@ -98,23 +98,14 @@ class Run:
 
     def wait_for_steps(self, count: int) -> None:
         metrics = self.run_dir / "metrics.jsonl"
-        self.wait_until("the ranks' start", lambda: bool(self.note_ranks()))
         self.wait_until(f"step {count}", lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count)
+        self.note_ranks()
 
     def end(self, seconds: float = RUN_SECONDS) -> Remains:
-        """Wait for the end; nothing of the run is left afterwards, whatever happens."""
+        """Wait for the end, at most so long."""
         began = time.monotonic()
-        try:
-            code = self.process.wait(seconds)
-            took = time.monotonic() - began
-            left = self._left()
-        finally:
-            for pid in self.processes():
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.wait()
-        return Remains(code, took, self.console, self.run_dir, left)
+        code = self.process.wait(seconds)
+        return Remains(code, time.monotonic() - began, self.console, self.run_dir, self._left())
 
     def _left(self) -> list[str]:
         """Command lines of what outlives the run by more than a second or two."""
@@ -173,15 +164,14 @@ class Remains:
         assert seconds is None or self.seconds < seconds, f"took {self.seconds:.1f} s:\n{self.console}"
 
 
-def _children_of_tests() -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*"):
-        yield int(path.name)
-
-
-def _is_of(pid: int, folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return f"GEMINI_LIFE={folder}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return False
+def processes_of(folder: Path) -> list[int]:
+    """Of the run in ``folder``: they have inherited its name."""
+    mark, found = f"GEMINI_LIFE={folder}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
 
 
 def _command_line(pid: int) -> str:
@@ -350,6 +340,16 @@ def can_mount() -> bool:
 # ---- playing them
 
 
+def play(name: str, folder: Path) -> Remains:
+    """One scenario; nothing of it is left afterwards, whatever happens."""
+    try:
+        return SCENARIOS[name](folder)
+    finally:
+        for pid in processes_of(folder):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
     """All scenarios that selected tests of this file ask for, being played."""
@@ -357,7 +357,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     names = [item.callspec.params["name"] for item in items if "name" in item.callspec.params]  # type: ignore[attr-defined]
     folder = tmp_path_factory.mktemp("life")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        playing = {name: pool.submit(SCENARIOS[name], folder / name) for name in dict.fromkeys(names)}
+        playing = {name: pool.submit(play, name, folder / name) for name in dict.fromkeys(names)}
         yield playing
         for future in playing.values():
             future.cancel()
