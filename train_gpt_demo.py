@@ -9,43 +9,40 @@ from __future__ import annotations
 
 import sys
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from commons import device
 from commons.config import TrainConfig
+from commons.guard import Guard, on_duty
 from commons.noise import quiet_libraries
-from commons.sinks import open_sinks
+from commons.pulse import group_timeout_seconds
+from commons.run_log import open_log
 
 
-@record
 def main(argv: list[str]) -> None:
-    config = TrainConfig.from_cli(argv)
-    quiet_libraries()
-    here = device.launch(config.device, config.timeout)
-    sound = train(config.named(here.world_size), here)
-    # only after success: with a rank gone, leaving the group together would hang
-    device.leave(0 if sound else 1)
+    with on_duty() as guard:  # signals and errors end the run in order from here on
+        config = TrainConfig.from_cli(argv)
+        quiet_libraries()
+        guard.beat("join")
+        guard.timeout_seconds = config.timeout
+        here = device.launch(config.device, group_timeout_seconds(config.timeout))
+        train(config.named(here.world_size), here, guard)
+        guard.leave()
 
 
-def train(config: TrainConfig, here: device.Device) -> bool:
-    """Build the session, train, and let rank 0 log it (collective); False if --check_parity finds a difference."""
+def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
+    """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
     from commons.engine import build_session, train_steps
-    from commons.metrics import summarize
     from commons.parity import check_parity, with_known_norms
 
     if config.check_parity:
         config = with_known_norms(config)
+    guard.beat("build")
     session = build_session(config, here)
-    with open_sinks(session) as sinks:
-        records = []
-        for step in train_steps(session):
-            records.append(step)
-            for sink in sinks:
-                sink.log(step)
-        summary = summarize(records, config.warmup_step)
-        for sink in sinks:
-            sink.report(summary)
-    return not config.check_parity or check_parity(session, records)
+    with open_log(session, guard) as log:
+        for record in train_steps(session, guard):
+            log.add(record)
+        log.finish(guard.ended)
+    if config.check_parity and guard.finished:
+        guard.ended = check_parity(session, log.records)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ LIMITS: dict[str, Limit] = {
     "train_step": Limit(10, low=1),
     "warmup_step": Limit(2, low=0),
     "grad_accum": Limit(1, low=1),
+    "max_bad_steps": Limit(3, low=0),
     "seed": Limit(42, low=0, below=2**63),
     "lr": Limit(3e-4, low=0),
     "lr_warmup_step": Limit(0, low=0),
@@ -94,6 +95,7 @@ LIMITS: dict[str, Limit] = {
     "clip_grad_norm": Limit(1.0, low=0),
     "trace_step": Limit(5, low=0),
     "timeout": Limit(600, above=0),
+    "max_restarts": Limit(1, low=0),
 }
 
 

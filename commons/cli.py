@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 from commons.checks import LIMITS, nearest, problems
 from commons.config import FLAG_GROUPS, TrainConfig
+from commons.guard import WATCH_VARIABLE
 
 CONFIG_ERROR = 2  # exit code, argparse's own
 
@@ -207,6 +208,11 @@ def read_rank_command_line(argv: Sequence[str]) -> TrainConfig:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     config, found = judge(line, world_size, local_world_size)
+    if config.max_restarts > 0 and WATCH_VARIABLE not in os.environ:
+        found.append(
+            f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
+            f" or torchrun's own --max-restarts={config.max_restarts}"
+        )
     if found:
         if speaks:
             report(found)

@@ -133,6 +133,7 @@ class BatchFlags:
     train_step: int = _flag(10, "optimizer steps in all", "N")
     warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
     grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
+    max_bad_steps: int = _flag(3, "stop when the loss was NaN or infinite in so many steps in a row; 0: never", "N")
     seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
 
 
@@ -167,8 +168,12 @@ class MachineFlags:
     )
     timeout: float = _flag(
         600.0,
-        "seconds after which a stuck collective, or the wait for another machine, ends the run",
+        "seconds without progress after which a hanging rank, a stuck collective, or the wait for another machine"
+        " ends the run; to be longer than the longest compilation",
         "SECONDS",
+    )
+    max_restarts: int = _flag(
+        0, "launcher: start all ranks again, from the first step, so many times when one dies or hangs", "N"
     )
 
 

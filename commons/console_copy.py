@@ -74,7 +74,8 @@ class LineCleaner:
 class ConsoleCopy:
     """Context manager: everything printed inside, also by child processes, is copied to ``path``.
 
-    Children must have ended before it is left; what a stray one prints later is lost.
+    Children must have ended before it is left; what a stray one prints later is lost. Unless tells_at_the_end
+    is made False, a copy that could not be written whole is told of when it is left.
 
     Args:
         path: appended to. OSError if it cannot be opened.
@@ -85,6 +86,7 @@ class ConsoleCopy:
         self._log = LogFile(path)
         self._path = path
         self._channels: list[_Channel] = []
+        self.tells_at_the_end = True
         self._log.write("".join(f"{line}\n" for line in already_shown).encode())
 
     def __enter__(self) -> ConsoleCopy:
@@ -100,7 +102,7 @@ class ConsoleCopy:
         for channel in self._channels:
             channel.close()
         self._log.close()
-        if self._log.error is not None:
+        if self._log.error is not None and self.tells_at_the_end:
             print(f"{self._path} is not complete: {self._log.error.strerror}", file=sys.stderr, flush=True)
 
 

@@ -4,6 +4,7 @@ branches on cuda or cpu.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -12,9 +13,12 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from commons.ending import attempt_number
 
 if TYPE_CHECKING:
     import torch
@@ -129,10 +133,26 @@ def launch(device_type: str, timeout_seconds: float) -> Device:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
         name = torch.cuda.get_device_name(local_rank)
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **_meeting_place(timeout))
     return Device(device_type, name, dist.get_rank(), local_rank, dist.get_world_size())
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group for a run that torchrun's engine started again: a part of the store that
+    the attempts before have not written in.
+
+    torch takes it for granted that every attempt has a store of its own. With torchrun's static rendezvous none
+    but the first has, and ranks would call at the addresses of the dead.
+    """
+    import torch.distributed as dist
+
+    attempt = attempt_number()
+    if attempt == 1:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def teardown() -> None:
@@ -141,6 +161,28 @@ def teardown() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank gets when another one has gone, in a job of several."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def leave_together(exit_code: int) -> NoReturn:
+    """Leave (see there) when all ranks have come here, or as soon as one has gone (collective)."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    leave(exit_code)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -171,10 +213,14 @@ class PhaseClock:
     On a GPU the phases are bounded by CUDA events on the current stream, on a CPU by the host's clock.
     ``step_seconds`` is the host's clock from :meth:`start` to the end of the synchronisation, so nothing that
     the step did is left out.
+
+    Args:
+        on_phase: called with the phase's name as it begins.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, on_phase: Callable[[str], object] | None = None) -> None:
         self._device = device
+        self._on_phase = on_phase
         self._start = 0.0
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
@@ -195,6 +241,8 @@ class PhaseClock:
         """``phase``, one of ``PHASES``, begins here and lasts until the next mark. A phase may come more than
         once; times add up.
         """
+        if self._on_phase is not None:
+            self._on_phase(phase)
         self._marks.append((phase, self._now()))
 
     def stop(self) -> StepTiming:

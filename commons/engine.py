@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from commons import metrics
 from commons.config import TrainConfig
 from commons.data import DrawnAhead, random_tokens
 from commons.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
+from commons.ending import Ended, attempt_number, attempts_allowed
 from commons.gpt2_functions import attention_backend
+from commons.guard import Guard
 from commons.layout import Place, place
 from commons.plans import PLANS, Plan
 from commons.tracing import TRACE_FILE, traced
@@ -72,6 +75,7 @@ class Session:
             "pp": config.pp_degree,
             "world_size": world_size,
             "places": _place_lines(self) if config.model_parallel_size > 1 else [],
+            "notes": [f"attempt {attempt} of {attempts_allowed()}"] if (attempt := attempt_number()) > 1 else [],
             "micro_batch_size": config.batch_size,
             "grad_accum": config.grad_accum,
             "global_batch_size": self.sequences_per_step,
@@ -128,21 +132,25 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
+def train_steps(session: Session, guard: Guard | None = None) -> Iterator[metrics.StepRecord]:
     """Train ``config.train_step`` steps, one record each (collective, the same record on every rank).
 
     The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
+
+    Args:
+        guard: told what this rank does; it says how the run ended if that is before the last step: at a signal
+            that any rank got, or after ``--max_bad_steps``.
     """
-    stream, clock, skipped_steps = DrawnAhead(batches(session)), PhaseClock(session.device), 0
-    # the libraries' half a million objects live until the end: no collection needs to look at them again
-    gc.collect()
-    gc.freeze()
-    with attention_backend(session.config.attention):
-        for step in range(1, session.config.train_step + 1):
-            lr = learning_rate(session.config, step)
+    guard, config, bad = guard or Guard(), session.config, []
+    stream, skipped_steps = DrawnAhead(batches(session)), 0
+    clock = PhaseClock(session.device, guard.beat)
+    with attention_backend(config.attention), guard.at_work(config.train_step), _settled_heap():
+        for step in range(1, config.train_step + 1):
+            lr = learning_rate(config, step)
             for group in session.trainable.param_groups:
                 group["lr"] = lr
             session.device.reset_peak_memory()
+            guard.beat("wait", step)
             # rank 0 may still be logging: without this the others would wait for it inside their clocks
             dist.barrier()
             with traced(_trace_file(session, step), session.device.type):
@@ -150,7 +158,33 @@ def train_steps(session: Session) -> Iterator[metrics.StepRecord]:
                 loss, update = _train_step(session, stream, clock)
                 timing = clock.stop()
             skipped_steps += update.skipped
-            yield _record(session, step, lr, loss, update, skipped_steps, timing)
+            guard.beat("record")
+            ranks = _gather(session, loss, timing, guard.signum)
+            record = _record(session, step, lr, update, skipped_steps, ranks)
+            guard.beat("log")
+            yield record
+            bad = metrics.bad_streak([*bad, record])
+            if guard.stop_after(step, [int(rank["signum"]) for rank in ranks]):
+                return
+            if bad and len(bad) == config.max_bad_steps:
+                guard.ended = _bad_steps_ended(bad)
+                return
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """The libraries' half a million objects live on: no garbage collection inside needs to look at them again."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _bad_steps_ended(bad: list[metrics.StepRecord]) -> Ended:
+    cure = "lower --lr, try --clip_grad_norm 1 or --precision bf16; --max_bad_steps 0 goes on regardless"
+    return Ended("bad steps", f"{metrics.describe_bad_steps(bad)} Stopped by --max_bad_steps {len(bad)}: {cure}.")
 
 
 def _trace_file(session: Session, step: int) -> Path | None:
@@ -181,23 +215,28 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
     return total, trainable.step()
 
 
+def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: int) -> list[dict[str, float]]:
+    """What every rank saw of a step, by rank (collective: one small all-gather)."""
+    seen = {"loss": loss.item(), "signum": float(signum), **vars(timing), **vars(memory_use(session.device))}
+    rows = _all_gather(list(seen.values()), session.device)
+    return [dict(zip(seen, row, strict=True)) for row in rows]
+
+
 def _record(
     session: Session,
     step: int,
     lr: float,
-    loss: torch.Tensor,
     update: Update,
     skipped_steps: int,
-    timing: StepTiming,
+    ranks: list[dict[str, float]],
 ) -> metrics.StepRecord:
-    """Gather what the ranks saw into one record (collective: one small all-gather).
+    """Make one record of what the ranks saw.
 
     The loss is the mean over the ranks that have one, the times are those of the slowest rank, each memory
     measure that of the rank with most.
     """
     device = session.device
-    seen = {"loss": loss.item(), **vars(timing), **vars(memory_use(device))}
-    ranks = [dict(zip(seen, row, strict=True)) for row in _all_gather(list(seen.values()), device)]
+    losses = {rank: seen["loss"] for rank, seen in enumerate(ranks) if session.has_loss(rank)}
     slowest = max(ranks, key=lambda rank: rank["step_seconds"])
     step_seconds, pipelined = slowest["step_seconds"], session.config.pp_degree > 1
     flops = _flops_per_token(session)
@@ -206,7 +245,7 @@ def _record(
     )
     return metrics.StepRecord(
         step=step,
-        loss=statistics.fmean(row["loss"] for rank, row in enumerate(ranks) if session.has_loss(rank)),
+        loss=statistics.fmean(losses.values()),
         lr=lr,
         grad_norm=update.grad_norm,
         step_seconds=step_seconds,
@@ -219,6 +258,7 @@ def _record(
         hardware_tflops_per_device=hardware_tflops,
         mfu=metrics.mfu(model_tflops, session.peak_flops),
         skipped_steps=skipped_steps,
+        nonfinite_loss_ranks=[rank for rank, loss in losses.items() if not math.isfinite(loss)],
         **_memory_fields(ranks),
     )
 

@@ -7,7 +7,6 @@ torchrun's engine (torch.distributed.launcher) run the training script, and tell
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 import signal
@@ -33,16 +32,19 @@ from commons.cli import (
 )
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
+from commons.ending import FAILURE, STOP_SIGNALS, Ended, read_note, stopped_by
+from commons.guard import WATCH_VARIABLE
 from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, agree, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+    from commons.watch import Watch
+
 PROG = "run_gemini.sh"
+EARLY_SECONDS = 3  # half of what torchrun's engine waits before it kills ranks itself
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt_demo.py"
-FAILURE = 1
-SHUTDOWN_SECONDS = 6  # between asking the ranks to stop and killing them
 
 # Environment variables and the flags that they are another spelling of.
 FLAG_VARIABLES = {
@@ -69,14 +71,6 @@ JOB_VARIABLES = {
 # Settings of the Colossal-AI example's launcher that mean nothing here.
 OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
 OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
-
-# Runs in a rank before the script: the kernel is to kill it when the launcher dies in whatever way (prctl(2),
-# 1 is PR_SET_PDEATHSIG), which survives the exec.
-RANK_START = (
-    "import ctypes, os, signal, sys\n"
-    "ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
-    "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-)
 
 
 class Stopped(BaseException):
@@ -106,8 +100,8 @@ class Launch:
 def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
     """Run a training from start to end; returns the process's exit code.
 
-    0: trained. 1, or the rank's own code: a rank failed, or the machines did not meet. 2: wrong settings,
-    nothing was started. 128 + n: ended by signal n.
+    0: trained. 1, or the rank's own code: a rank failed or hung, or the machines did not meet. 2: wrong
+    settings, nothing was started. 128 + n: ended by signal n.
     """
     if "--doctor" in argv:
         arguments = [word for word in argv if word != "--doctor"]
@@ -125,7 +119,8 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
             return CONFIG_ERROR
         return start(launch, script)
     except Stopped as stopped:
-        return _stopped_by(stopped.signum)
+        print(f"Stopped by {signal.Signals(stopped.signum).name}.", file=sys.stderr, flush=True)
+        return 128 + stopped.signum
 
 
 def _raise_on_signals() -> None:
@@ -138,13 +133,7 @@ def _raise_on_signals() -> None:
 
 def _signals_to_handle() -> list[signal.Signals]:
     """The signals that end a run, without those that it is to ignore (nohup ignores SIGHUP)."""
-    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    return [signum for signum in ending if signal.getsignal(signum) is not signal.SIG_IGN]
-
-
-def _stopped_by(signum: int) -> int:
-    print(f"Stopped by {signal.Signals(signum).name}.", file=sys.stderr, flush=True)
-    return 128 + signum
+    return [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def variable_lists() -> tuple[str, ...]:
@@ -260,7 +249,10 @@ def start(launch: Launch, script: Path) -> int:
         )
         return FAILURE
     with console_copy:
-        return run_ranks(_rank_flags(launch, leader["_run_name"]), nodes, store, script)
+        launch = dataclasses.replace(launch, config=dataclasses.replace(config, run_name=leader["_run_name"]))
+        code = run_ranks(launch, store, script)
+        console_copy.tells_at_the_end = code == 0  # else the last line is to be what the run ended for
+        return code
 
 
 def _card(launch: Launch) -> dict[str, Any]:
@@ -305,74 +297,96 @@ def _open_console_copy(launch: Launch, run_name: str) -> ConsoleCopy:
     return ConsoleCopy(run_dir / name, already_shown=launch.notices)
 
 
-def _rank_flags(launch: Launch, run_name: str) -> list[str]:
-    """The given settings as flags for the ranks, which choose the rest as the launcher did."""
-    settings = {**launch.given, "device": launch.config.device, "run_name": run_name}
-    return [f"--{name}={value}" for name, value in settings.items()]
+def _rank_command(launch: Launch, script: Path) -> list[str]:
+    """The script, with the given settings as flags for the ranks, which choose the rest as the launcher did."""
+    settings = {**launch.given, "device": launch.config.device, "run_name": launch.config.run_name}
+    return [str(script), *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def run_ranks(flags: Sequence[str], nodes: Nodes, store: TCPStore, script: Path) -> int:
+def run_ranks(launch: Launch, store: TCPStore, script: Path) -> int:
     """Run ``script`` on this machine's ranks with torchrun's engine; returns the exit code when all ended."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-    _set_engine_up(nodes)
+    from commons.agent import run_agent
+    from commons.watch import Watch
+
+    nodes, config = launch.nodes, launch.config
+    threads = max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # the engine leaves its folder of error files behind
-    with tempfile.TemporaryDirectory(prefix="run_gemini_") as error_files:
-        config = LaunchConfig(
-            min_nodes=nodes.count,
-            max_nodes=nodes.count,
-            nproc_per_node=nodes.ranks_per_node,
-            logs_specs=DefaultLogsSpecs(log_dir=error_files),
-            run_id="run_gemini",
-            rdzv_backend="static",
-            rdzv_endpoint=f"{nodes.master_addr}:{store.port}",
-            rdzv_configs={"rank": nodes.rank},
-            max_restarts=0,
-            **_newer_engine_options(),
-        )
-        command = ["-I", "-S", "-c", RANK_START, str(os.getpid()), "-u", str(script), *flags]
+    with tempfile.TemporaryDirectory(prefix="run_gemini_") as folder:
+        os.environ[WATCH_VARIABLE] = folder
+        watch = Watch(Path(folder), nodes, config.timeout, store)
+        course = Course(launch, watch)
         try:
-            launch_agent(config, sys.executable, command)
+            run_agent(
+                _rank_command(launch, script),
+                nodes,
+                store,
+                Path(folder) / "errors",
+                config.max_restarts,
+                _signals_to_handle(),
+                watch=watch,
+                begin=course.begin,
+                is_final=is_final,
+                on_restart=course.report_restart,
+            )
         except ChildFailedError as error:
-            return _report_failure(error, nodes)
+            watch.sweep()
+            return _report_failure(error, nodes, course)
         except SignalException as error:
-            return _stopped_by(error.sigval)
+            watch.sweep()
+            return course.report_signal(error.sigval)
         except RuntimeError as error:  # node 0, which holds the store, has gone
             print(f"node {nodes.rank} lost the others: {error}", file=sys.stderr, flush=True)
             return FAILURE
         finally:
-            _raise_on_signals()  # the engine put its own handlers in place
+            watch.sweep()
+            _raise_on_signals()  # the engine had its own handlers in place
     return 0
 
 
-def _set_engine_up(nodes: Nodes) -> None:
-    """Environment and settings that torchrun's engine takes from no argument."""
-    from torch.distributed.elastic.multiprocessing.api import PContext
+class Course:
+    """What becomes of a run's attempts: told on the screen and, where the ranks could not, in summary.json."""
 
-    threads = max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # the engine waits 30 s before it kills ranks that do not end, which it takes as an argument after signals
-    # only (if at all)
-    PContext.close.__defaults__ = (None, SHUTDOWN_SECONDS)
-    if "LOGLEVEL" not in os.environ:
-        # it tells of its own proceedings; what failed is told by _report_failure
-        engine = logging.getLogger("torch.distributed.elastic")
-        engine.addHandler(logging.NullHandler())
-        engine.propagate = False
+    def __init__(self, launch: Launch, watch: Watch) -> None:
+        self._config, self._nodes, self.watch = launch.config, launch.nodes, watch
+
+    def begin(self, attempt: int) -> None:
+        from commons.run_log import begin_attempt, run_folder
+
+        self.watch.sweep()
+        self.watch.begin(attempt)
+        if self._nodes.rank == 0:
+            begin_attempt(run_folder(self._config), attempt)
+
+    def report_restart(self, failures: Mapping[int, ProcessFailure], attempt: int) -> None:
+        lines, ended = failure_lines(failures, self._nodes, self.watch.verdict)
+        self.conclude(ended, replace=True)
+        allowed = self._config.max_restarts + 1
+        lines.append(f"Attempt {attempt} of {allowed} begins: all ranks start again, from the first step.")
+        print("", *lines, sep="\n", file=sys.stderr, flush=True)
+
+    def report_signal(self, signum: int) -> int:
+        done = self.conclude(stopped_by(signum, 0, self._config.train_step), replace=False)
+        print(stopped_by(signum, done, self._config.train_step).why, file=sys.stderr, flush=True)
+        return 128 + signum
+
+    def conclude(self, ended: Ended, *, replace: bool) -> int:
+        """See commons.run_log; only where rank 0 is."""
+        from commons.run_log import conclude, run_folder
+
+        if self._nodes.rank != 0:
+            return 0
+        return conclude(run_folder(self._config), self._config, ended, self.watch.attempt, replace=replace)
 
 
-def _newer_engine_options() -> dict[str, Any]:
-    """Arguments of LaunchConfig that torch 2.5 does not have yet."""
-    from torch.distributed.launcher.api import LaunchConfig
-
-    options = {
-        "signals_to_handle": ",".join(signum.name for signum in _signals_to_handle()),
-        "shutdown_timeout": SHUTDOWN_SECONDS,
-    }
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    return {name: value for name, value in options.items() if name in known}
+def is_final(failures: Mapping[int, ProcessFailure]) -> bool:
+    """Whether ranks that failed so would fail again: wrong settings, or an end on purpose."""
+    return any(
+        failure.exitcode == CONFIG_ERROR or read_note(failure.message) is not None for failure in failures.values()
+    )
 
 
 def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -390,7 +404,7 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
         if os.path.isfile(failure.error_file):
             return 1, os.stat(failure.error_file).st_mtime
         by_itself = failure.exitcode < 0 and failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT)
-        early = failure.timestamp - start < SHUTDOWN_SECONDS / 2
+        early = failure.timestamp - start < EARLY_SECONDS
         if (rank == first and failure.exitcode != -signal.SIGABRT) or (by_itself and early):
             return 0, failure.timestamp
         return 2, failure.timestamp
@@ -399,19 +413,43 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
     return rank, failures[rank]
 
 
-def _report_failure(error: ChildFailedError, nodes: Nodes) -> int:
+def _report_failure(error: ChildFailedError, nodes: Nodes, course: Course) -> int:
     """Print, last of all, the error of the rank that failed first; returns the launcher's exit code."""
-    rank, failure = root_cause(error.failures)
+    _, failure = root_cause(error.failures)
     if failure.exitcode == CONFIG_ERROR and not os.path.isfile(failure.error_file):
         return CONFIG_ERROR  # rank 0 has told the problems
+    lines, ended = failure_lines(error.failures, nodes, course.watch.verdict)
+    course.conclude(ended, replace=read_note(failure.message) is None)
+    print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    return ended.exit_code
+
+
+def failure_lines(
+    failures: Mapping[int, ProcessFailure], nodes: Nodes, verdict: Sequence[str]
+) -> tuple[list[str], Ended]:
+    """What is told of ranks that failed: of the one that hung, else of the one that failed first.
+
+    Args:
+        verdict: commons.watch's lines, empty if no rank hung.
+
+    Returns:
+        Lines for the screen, and the same for summary.json.
+    """
+    if verdict:
+        return list(verdict), Ended("hung", verdict[0])
+    rank, failure = root_cause(failures)
+    if note := read_note(failure.message):
+        return [note.why], note
     details = failure.message if isinstance(failure.message, dict) else {}
-    text = details.get("message", "")
+    message = text = details.get("message", "")
     if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
         text = details.get("extraInfo", {}).get("py_callstack", text)
     head = f"Rank {rank} of {nodes.world_size} failed"
-    lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
-    print("", *lines, sep="\n", file=sys.stderr, flush=True)
-    return failure.exitcode if failure.exitcode > 0 else FAILURE
+    code = failure.exitcode if failure.exitcode > 0 else FAILURE
+    if text:
+        return [f"{head}:", *text.strip().splitlines()], Ended("failed", f"{head}: {message}", code)
+    line = f"{head} ({_ending(failure)})."
+    return [line], Ended("failed", line, code)
 
 
 def _ending(failure: ProcessFailure) -> str:

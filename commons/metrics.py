@@ -55,6 +55,7 @@ class StepRecord:
         device_memory_peak_rank: the rank of that peak.
         host_memory_mib: resident memory of the process, MiB.
         host_memory_peak_rank: the rank that has it.
+        nonfinite_loss_ranks: the ranks whose own loss is NaN or infinite.
     """
 
     step: int
@@ -76,6 +77,7 @@ class StepRecord:
     device_memory_peak_rank: int | None
     host_memory_mib: float
     host_memory_peak_rank: int
+    nonfinite_loss_ranks: list[int] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The record by its field names, ready for JSON: NaN and infinities, unknown there, become None."""
@@ -297,13 +299,19 @@ def peak_rates(device_name: str) -> PeakRates | None:
 # --- Summary ------------------------------------------------------------------------------------------------
 
 # fields that number things; a median of them says nothing
-_UNMEASURED = {"step", "skipped_steps", "device_memory_peak_rank", "host_memory_peak_rank"}
+_UNMEASURED = {
+    "step",
+    "skipped_steps",
+    "device_memory_peak_rank",
+    "host_memory_peak_rank",
+    "nonfinite_loss_ranks",
+}
 MEASURED_FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _UNMEASURED)
 STATISTICS = {"median": 0.5, "p10": 0.1, "p90": 0.9}
 
 
 def summarize(records: Sequence[StepRecord], warmup_step: int) -> dict[str, Any]:
-    """What summary.json holds; every value is valid JSON.
+    """What summary.json holds of the steps done, which may be none; every value is valid JSON.
 
     Returns:
         ``steps`` done, ``warmup_step``, ``steps_measured`` (those after the warm-up); for each measured field
@@ -311,12 +319,7 @@ def summarize(records: Sequence[StepRecord], warmup_step: int) -> dict[str, Any]
         has a finite value; ``first_loss`` and ``last_loss``, None if not finite; ``nonfinite_loss_steps``;
         ``skipped_steps``; and ``peak_device_memory_mib``, ``peak_device_memory_rank``,
         ``peak_host_memory_mib``, ``peak_host_memory_rank`` over all steps, the warm-up included.
-
-    Raises:
-        ValueError: there is no record.
     """
-    if not records:
-        raise ValueError("there is no step to summarize; train at least one")
     measured = [record for record in records if record.step > warmup_step]
     device_mib, device_rank = _peak(records, "device_memory_peak_mib", "device_memory_peak_rank")
     host_mib, host_rank = _peak(records, "host_memory_mib", "host_memory_peak_rank")
@@ -325,15 +328,33 @@ def summarize(records: Sequence[StepRecord], warmup_step: int) -> dict[str, Any]
         "warmup_step": warmup_step,
         "steps_measured": len(measured),
         **{name: _statistics(getattr(record, name) for record in measured) for name in MEASURED_FIELDS},
-        "first_loss": _finite_or_none(records[0].loss),
-        "last_loss": _finite_or_none(records[-1].loss),
+        "first_loss": _finite_or_none(records[0].loss) if records else None,
+        "last_loss": _finite_or_none(records[-1].loss) if records else None,
         "nonfinite_loss_steps": sum(not math.isfinite(record.loss) for record in records),
-        "skipped_steps": records[-1].skipped_steps,
+        "skipped_steps": records[-1].skipped_steps if records else 0,
         "peak_device_memory_mib": device_mib,
         "peak_device_memory_rank": device_rank,
         "peak_host_memory_mib": host_mib,
         "peak_host_memory_rank": host_rank,
     }
+
+
+def bad_streak(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """The steps at the end of ``records`` whose loss is not finite, back to the last one with a finite loss.
+
+    A step that fp16 skipped for an overflow of its gradients has a finite loss and is not bad.
+    """
+    finite = [index for index, record in enumerate(records) if math.isfinite(record.loss)]
+    return list(records[finite[-1] + 1 :] if finite else records)
+
+
+def describe_bad_steps(streak: Sequence[StepRecord]) -> str:
+    """A sentence about a bad_streak(): which steps, and the ranks that it began on."""
+    first, last = streak[0], streak[-1]
+    steps = f"step {first.step}" if len(streak) == 1 else f"steps {first.step} to {last.step}"
+    ranks = first.nonfinite_loss_ranks
+    where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else ""
+    return f"The loss is not finite in {steps}: it began as {first.loss} in step {first.step}{where}."
 
 
 def _statistics(values: Iterable[float | None]) -> dict[str, float | None]:

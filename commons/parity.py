@@ -23,6 +23,7 @@ from torch import nn
 from commons.config import TrainConfig
 from commons.data import random_tokens
 from commons.device import compute_dtype
+from commons.ending import FINISHED, Ended
 from commons.engine import Session, learning_rate
 from commons.metrics import StepRecord
 from commons.weights import decay_groups, seeded_init_
@@ -148,9 +149,9 @@ def skipped_steps(records: Sequence[StepRecord]) -> frozenset[int]:
     return frozenset(r.step for r, earlier in zip(records, before, strict=False) if r.skipped_steps > earlier)
 
 
-def check_parity(session: Session, records: Sequence[StepRecord]) -> bool:
-    """Train the reference on rank 0, print and write the comparison to parity.json (collective); whether it
-    holds.
+def check_parity(session: Session, records: Sequence[StepRecord]) -> Ended:
+    """Train the reference on rank 0, print and write the comparison to parity.json (collective); the run's end,
+    a failure where it does not hold.
     """
     config, device = session.config, session.device
     holds = torch.zeros((), dtype=torch.int32, device=device.torch_device)
@@ -162,7 +163,9 @@ def check_parity(session: Session, records: Sequence[StepRecord]) -> bool:
         write(parity, Path(config.log_dir).expanduser() / str(config.run_name))
         holds.fill_(int(parity.holds))
     dist.broadcast(holds, src=0)
-    return bool(holds.item())
+    if holds.item():
+        return FINISHED
+    return Ended("finished", "--check_parity: this run is not its reference, see parity.json.")
 
 
 def describe(parity: Parity) -> str:

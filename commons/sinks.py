@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from commons.console_layout import Header, StepLines, header_lines, summary_lines
+from commons.ending import RunError
 from commons.environment import describe_environment
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ CURES = {
 OTHER_CURE = "check the disk, or choose another folder with --log_dir"
 
 
-class SinkError(OSError):
+class SinkError(OSError, RunError):
     """Something could not be written. Its text is one line: the file, why, and what to do about it."""
 
     def __str__(self) -> str:

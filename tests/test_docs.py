@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from commons.cli import judge, read_flags
 from commons.config import PLACEMENTS
+from commons.ending import HOW, STOP_SIGNALS
 from commons.launcher import FLAG_VARIABLES
 from commons.plans import PLANS
 from model_zoo import MODEL_SIZES, parameter_count
@@ -120,6 +122,15 @@ def doctor_modules(files: set[str]) -> set[str]:
 def test_run_folder_files() -> None:
     names = {row[0] for row in rows(section("What a run leaves"))}
     assert names == {"config.json", "env.json", "metrics.jsonl", "summary.json", "console.log"}
+
+
+def test_every_end_of_a_run() -> None:
+    table = {name.strip("` "): row for row in rows(section("How a run ends")) for name in row[0].split(",")}
+    assert set(table) == {*HOW, *(signum.name for signum in STOP_SIGNALS)}
+    signals = {name for name in table if name.startswith("SIG")}
+    listed = [name.strip("` ") for name in table["SIGINT"][0].split(",")]
+    codes = [int(code) for code in re.findall(r"\b1[2-4]\d\b", table["SIGINT"][1].partition(":")[2])]
+    assert signals == set(listed) and codes == [128 + signal.Signals[name] for name in listed]
 
 
 def test_model_zoo_prints_its_table() -> None:

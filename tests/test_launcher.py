@@ -222,6 +222,9 @@ def test_the_training_s_exit_code_is_passed_on(tmp_path: Path, code: int) -> Non
 # ---- runs that are ended
 
 WAIT = """
+from commons.guard import pulse_path
+from commons.pulse import Pulse
+Pulse(pulse_path(Path(os.environ["GEMINI_WATCH"]), 1, rank))  # else it counts as still importing
 def ended(signum, frame):
     Path(f"ended-{rank}").write_text(str(signum))
     sys.exit(0)
@@ -251,7 +254,7 @@ def test_a_signal_ends_the_ranks_too(tmp_path: Path, signum: signal.Signals, bod
     assert time.monotonic() - start < 10
     assert run.code == 128 + signum
     assert not any(map(is_alive, pids))
-    assert run.stderr.splitlines()[-1] == f"Stopped by {signum.name}."
+    assert run.stderr.splitlines()[-1] == f"Stopped by {signum.name} before the first step was done."
     assert "Traceback" not in run.stderr
     if body == WAIT:
         assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
@@ -472,7 +475,7 @@ def test_root_cause_is_the_killed_rank_not_its_peers_errors(failure: Any) -> Non
 def test_root_cause_is_not_a_rank_that_the_engine_ended(failure: Any) -> None:
     cause = failure(1, 0, recorded=True)
     assert root_cause({1: cause, 0: failure(-signal.SIGTERM, 0)})[0] == 1
-    assert root_cause({1: cause, 0: failure(-signal.SIGKILL, launcher.SHUTDOWN_SECONDS)})[0] == 1
+    assert root_cause({1: cause, 0: failure(-signal.SIGKILL, launcher.EARLY_SECONDS)})[0] == 1
     assert root_cause({1: cause, 0: failure(-signal.SIGABRT, 0)})[0] == 1
 
 

@@ -18,6 +18,8 @@ from commons.metrics import (
     MEASURED_FIELDS,
     PEAK_RATES,
     StepRecord,
+    bad_streak,
+    describe_bad_steps,
     hardware_flops_per_token,
     mfu,
     model_flops_per_token,
@@ -363,6 +365,18 @@ def test_numbers_that_only_name_things_are_not_averaged() -> None:
     assert not {"step", "skipped_steps", "device_memory_peak_rank", "host_memory_peak_rank"} & set(MEASURED_FIELDS)
 
 
-def test_no_record_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no step to summarize"):
-        summarize([], warmup_step=0)
+def test_a_run_that_ended_before_its_first_step() -> None:
+    summary = summarize([], warmup_step=2)
+    assert (summary["steps"], summary["steps_measured"], summary["skipped_steps"]) == (0, 0, 0)
+    assert summary["step_seconds"] == {"median": None, "p10": None, "p90": None}
+    assert summary["last_loss"] is summary["peak_host_memory_rank"] is None
+
+
+def test_bad_steps_are_those_at_the_end() -> None:
+    records = records_of([1.0, math.nan, 7.0, math.inf, math.nan], field="loss")
+    assert [each.step for each in bad_streak(records)] == [4, 5]
+    assert bad_streak(records[:3]) == bad_streak([]) == []
+    assert [each.step for each in bad_streak(records[1:2])] == [2]
+    blamed = [dataclasses.replace(each, nonfinite_loss_ranks=[0, 3]) for each in records[3:]]
+    assert describe_bad_steps(blamed).startswith("The loss is not finite in steps 4 to 5: it began as inf in step 4")
+    assert describe_bad_steps(blamed).endswith("on ranks 0, 3.")

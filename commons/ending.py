@@ -1,0 +1,88 @@
+"""How a run can end: in words for summary.json and the screen, as an exit code, and as a note to the launcher.
+
+| how          | exit code | because of |
+|--------------|-----------|------------|
+| finished     | 0         | all steps are done (1 where --check_parity then found a difference) |
+| SIGTERM, ... | 128 + n   | a signal asked for it |
+| bad steps    | 1         | --max_bad_steps losses in a row were not finite |
+| failed       | 1, or the rank's own | an exception, a killed rank, a log that could not be written |
+| hung         | 1         | no rank moved for --timeout |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HOW = ("finished", "bad steps", "failed", "hung")  # and the names of STOP_SIGNALS
+# Ctrl-C, `kill`, a closed terminal, Ctrl-\ and what Slurm can be asked to send before the time limit. Each asks
+# for an orderly end.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+FAILURE = 1
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torchrun's engine looks for what a rank died of
+ATTEMPT_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+
+
+class RunError(Exception):
+    """Ends the run with exit code 1. Its text says all there is to say: no traceback is shown."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a run.
+
+    Attributes:
+        how: the first column of the module's table.
+        why: a sentence for whoever looks at the screen; "" when there is nothing to explain.
+    """
+
+    how: str
+    why: str = ""
+    exit_code: int = FAILURE
+
+    def __post_init__(self) -> None:
+        assert self.how in HOW or self.how in {signum.name for signum in STOP_SIGNALS}, self.how
+
+
+FINISHED = Ended("finished", exit_code=0)
+
+
+def stopped_by(signum: int, steps_done: int, steps: int) -> Ended:
+    """The end that a signal asked for."""
+    name = signal.Signals(signum).name
+    how_far = f"after step {steps_done} of {steps}" if steps_done else "before the first step was done"
+    return Ended(name, f"Stopped by {name} {how_far}.", 128 + signum)
+
+
+def attempt_number(environ: Mapping[str, str] = os.environ) -> int:
+    """Which attempt this is, from 1; more than 1 after a restart by torchrun's engine."""
+    return int(environ.get(ATTEMPT_VARIABLE, "0")) + 1
+
+
+def attempts_allowed(environ: Mapping[str, str] = os.environ) -> int:
+    return int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) + 1
+
+
+def leave_note(ended: Ended) -> None:
+    """Tell torchrun's engine, where there is one, that this rank ends on purpose.
+
+    The launcher shows the text as it is and does not start the ranks again.
+    """
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path:
+        extra = {"py_callstack": ended.why, "timestamp": str(int(time.time()))}
+        message = {"message": ended.why, "errorCode": ended.exit_code, "extraInfo": extra, "on_purpose": ended.how}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+
+
+def read_note(message: Any) -> Ended | None:
+    """What leave_note() left, from a ProcessFailure's message; None if the rank did not end on purpose."""
+    if isinstance(message, Mapping) and "on_purpose" in message:
+        return Ended(message["on_purpose"], message["message"], message["errorCode"])
+    return None
