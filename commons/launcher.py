@@ -33,7 +33,7 @@ from commons.cli import (
 )
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
-from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, agree, open_store
+from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -244,13 +244,12 @@ def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
 
 def start(launch: Launch, script: Path) -> int:
     """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
-    config, nodes = launch.config, launch.nodes
     try:
-        store = open_store(nodes, config.timeout)
-        leader = agree(store, nodes, _card(launch), config.timeout)
+        store, nodes, leader = meet(launch.nodes, _card(launch), launch.config.timeout)
     except MeetingError as error:
         print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
         return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
+    _choose_interface(launch, nodes)
     try:
         console_copy = _open_console_copy(launch, leader["_run_name"])
     except OSError as error:
@@ -261,6 +260,17 @@ def start(launch: Launch, script: Path) -> int:
         return FAILURE
     with console_copy:
         return run_ranks(_rank_flags(launch, leader["_run_name"]), nodes, store, script)
+
+
+def _choose_interface(launch: Launch, nodes: Nodes) -> None:
+    """Have gloo take the interface by which the nodes met. Left alone, it takes the one of the machine's own
+    name, which on many systems is the loopback: no other machine gets through to that."""
+    name = interface_to_the_others(nodes)
+    if name and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        line = f"Node {nodes.rank} of {nodes.count}: {name} ({nodes.addresses[nodes.rank]}) leads to the others."
+        launch.notices.append(f"{line} GLOO_SOCKET_IFNAME would choose another interface.")
+        print(launch.notices[-1], file=sys.stderr, flush=True)
 
 
 def _card(launch: Launch) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The machines of a job: who they are, and how they find each other and agree before any rank starts.
 
 Node 0 opens a store (torch's TCPStore) at MASTER_ADDR:MASTER_PORT. Every node leaves a card there that says
-what it would run; the cards must agree. The same store then serves torchrun's static rendezvous.
+what it would run; the cards must agree. The same store then serves torchrun's static rendezvous. The cards also
+tell the way between the nodes, which gloo would guess from the machine's name.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ DEFAULT_PORT = 29500  # torchrun's
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 30.0
 FAREWELL_SECONDS = 10.0
+NODE_0_LEFT = "node 0 went away while the nodes were meeting: its own screen says why"
 
 
 class MeetingError(Exception):
@@ -41,6 +44,7 @@ class Nodes:
         count, rank: machines in all, and which of them this is.
         ranks_per_node: processes on each.
         master_addr, master_port: where node 0 listens; port 0 takes a free one (one machine only).
+        addresses: by node, where this one reaches it; this one's own is where the others do. Known after `meet`.
     """
 
     ranks_per_node: int
@@ -48,6 +52,7 @@ class Nodes:
     rank: int = 0
     master_addr: str = LOOPBACK
     master_port: int = 0
+    addresses: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -56,6 +61,65 @@ class Nodes:
     @property
     def address(self) -> str:
         return f"{self.master_addr}:{self.master_port}"
+
+    def named_in(self, text: str) -> list[int]:
+        """The other nodes whose address stands in an error's text; none where nodes share an address."""
+        if len(set(self.addresses)) < self.count:
+            return []
+        there = {node: rf"(?<![\w.:]){re.escape(address)}(?![\w.])" for node, address in enumerate(self.addresses)}
+        return [node for node, pattern in there.items() if node != self.rank and re.search(pattern, text)]
+
+
+def meet(nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> tuple[TCPStore, Nodes, dict]:
+    """Bring all nodes together (blocking); the store, the nodes with their addresses, and node 0's card.
+
+    Raises:
+        MeetingError, NodesDiffer: as open_store and agree do.
+    """
+    store = open_store(nodes, timeout_seconds)
+    way = _way_to_node_0(nodes) if nodes.rank else None
+    cards = agree(store, nodes, {**card, "_address": way.here if way else ""}, timeout_seconds)
+    addresses = [other["_address"] for other in cards]
+    if nodes.count > 1:
+        # node 0 learns its own address from where it sends to node 1
+        addresses[0] = way.there if way else _local_address(addresses[1])
+    return store, replace(nodes, addresses=tuple(addresses)), cards[0]
+
+
+@dataclass(frozen=True)
+class Way:
+    """The two ends of a connection, as addresses."""
+
+    here: str
+    there: str
+
+
+def _way_to_node_0(nodes: Nodes) -> Way:
+    try:
+        with socket.create_connection((nodes.master_addr, nodes.master_port), timeout=CONNECT_SECONDS) as connection:
+            return Way(connection.getsockname()[0], connection.getpeername()[0])
+    except OSError:
+        raise MeetingError(NODE_0_LEFT) from None
+
+
+def _local_address(there: str) -> str:
+    """This machine's address on the way to another; nothing is sent."""
+    family = socket.AF_INET6 if ":" in there else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((there, DEFAULT_PORT))
+        return probe.getsockname()[0]
+
+
+def interface_to_the_others(nodes: Nodes) -> str:
+    """The name of the network interface by which the other nodes reach this one; empty where it has none."""
+    import psutil
+
+    if not nodes.addresses:
+        return ""
+    mine = nodes.addresses[nodes.rank]
+    found = psutil.net_if_addrs()
+    # an IPv6 address of a link has its interface behind it: fe80::1%eth0
+    return next((name for name, all_of_it in found.items() if any(mine == each.address for each in all_of_it)), "")
 
 
 def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
@@ -85,8 +149,8 @@ def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
         ) from None
 
 
-def agree(store: TCPStore, nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> dict:
-    """Exchange cards with all nodes (blocking, until the last one comes); returns node 0's.
+def agree(store: TCPStore, nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> list[dict]:
+    """Exchange cards with all nodes (blocking, until the last one comes); returns them by node.
 
     Args:
         card: what has to be the same on every node, as JSON values. Keys that start with an underscore may
@@ -112,7 +176,7 @@ def agree(store: TCPStore, nodes: Nodes, card: Mapping[str, object], timeout_sec
             with contextlib.suppress(MeetingError):
                 _wait_for(store, {n: f"suite/read/{n}" for n in range(nodes.count)}, FAREWELL_SECONDS)
         raise NodesDiffer("\n".join(f"{line}: make them the same" for line in differences))
-    return cards[0]
+    return cards
 
 
 def _wait_for(store: TCPStore, keys: Mapping[int, str], timeout_seconds: float) -> None:
@@ -123,7 +187,7 @@ def _wait_for(store: TCPStore, keys: Mapping[int, str], timeout_seconds: float) 
         try:
             missing = {node: key for node, key in missing.items() if not store.check([key])}
         except RuntimeError:
-            raise MeetingError("node 0 went away while the nodes were meeting: its own screen says why") from None
+            raise MeetingError(NODE_0_LEFT) from None
         if missing and time.monotonic() > deadline:
             late = ", ".join(map(str, missing))
             raise MeetingError(
