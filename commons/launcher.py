@@ -33,6 +33,7 @@ from commons.cli import (
 )
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
+from commons.lifeline import Lifeline
 from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
 
 if TYPE_CHECKING:
@@ -245,21 +246,39 @@ def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
 def start(launch: Launch, script: Path) -> int:
     """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
     try:
-        store, nodes, leader = meet(launch.nodes, _card(launch), launch.config.timeout)
+        met = meet(launch.nodes, _card(launch), launch.config.timeout)
     except MeetingError as error:
         print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
         return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
-    _choose_interface(launch, nodes)
+    _choose_interface(launch, met.nodes)
+    run_name = met.leader["_run_name"]
     try:
-        console_copy = _open_console_copy(launch, leader["_run_name"])
+        console_copy = _open_console_copy(launch, run_name)
     except OSError as error:
         print(
             f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
             file=sys.stderr,
         )
         return FAILURE
-    with console_copy:
-        return run_ranks(_rank_flags(launch, leader["_run_name"]), nodes, store, script)
+    with console_copy, met.lifeline as lifeline:
+        code = run_ranks(_rank_flags(launch, run_name), met.nodes, met.store, script)
+        lifeline.stand_down()
+        if code:
+            code = _look_for_others(code, lifeline, met.nodes)
+        lifeline.close(succeeded=code == 0)
+        return code
+
+
+def _look_for_others(code: int, lifeline: Lifeline, nodes: Nodes) -> int:
+    """Say which node was gone before this one failed, or cannot be reached; returns the exit code."""
+    if lifeline.lost is not None:
+        line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: its own screen says why."
+        print(line, file=sys.stderr, flush=True)
+        return FAILURE if code == 128 + signal.SIGTERM else code  # which the lifeline sent
+    for node in lifeline.silent():
+        line = f"{nodes.describe(node).capitalize()} does not answer: is it up, and its network?"
+        print(line, file=sys.stderr, flush=True)
+    return code
 
 
 def _choose_interface(launch: Launch, nodes: Nodes) -> None:
@@ -418,6 +437,7 @@ def _report_failure(error: ChildFailedError, nodes: Nodes) -> int:
     text = details.get("message", "")
     if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
         text = details.get("extraInfo", {}).get("py_callstack", text)
+    text = nodes.annotate(text)
     head = f"Rank {rank} of {nodes.world_size} failed"
     lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
