@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from commons import device
 from commons.config import TrainConfig
+from commons.doctor import explain_uncaught
 from commons.noise import quiet_libraries
 from commons.sinks import open_sinks
 
@@ -49,4 +50,5 @@ def train(config: TrainConfig, here: device.Device) -> bool:
 
 
 if __name__ == "__main__":
+    explain_uncaught()
     main(sys.argv[1:])

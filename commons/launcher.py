@@ -33,6 +33,8 @@ from commons.cli import (
 )
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
+from commons.doctor import explain_uncaught, explanation, needs_no_traceback
+from commons.doctor.failure import LAUNCHER_RUN_ID
 from commons.lifeline import Lifeline
 from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
 
@@ -354,7 +356,7 @@ def run_ranks(flags: Sequence[str], nodes: Nodes, store: TCPStore, script: Path)
             max_nodes=nodes.count,
             nproc_per_node=nodes.ranks_per_node,
             logs_specs=DefaultLogsSpecs(log_dir=error_files),
-            run_id="run_gemini",
+            run_id=LAUNCHER_RUN_ID,
             rdzv_backend="static",
             rdzv_endpoint=f"{nodes.master_addr}:{store.port}",
             rdzv_configs={"rank": nodes.rank},
@@ -434,13 +436,19 @@ def _report_failure(error: ChildFailedError, nodes: Nodes) -> int:
     if failure.exitcode == CONFIG_ERROR and not os.path.isfile(failure.error_file):
         return CONFIG_ERROR  # rank 0 has told the problems
     details = failure.message if isinstance(failure.message, dict) else {}
-    text = details.get("message", "")
-    if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
-        text = details.get("extraInfo", {}).get("py_callstack", text)
+    text = message = details.get("message", "")
+    stack = details.get("extraInfo", {}).get("py_callstack", text)
+    plain = needs_no_traceback(message)
+    if nodes.world_size > 1 and not plain:  # what this rank printed lies somewhere among what the others did
+        text = stack
     text = nodes.annotate(text)
     head = f"Rank {rank} of {nodes.world_size} failed"
     lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    _raise_on_signals()  # the engine, whose handlers are in place, has ended
+    causes = explanation(message or lines[0]) or (stack.rstrip() if plain else "")
+    if causes:
+        print(f"\n{causes}", file=sys.stderr, flush=True)
     return failure.exitcode if failure.exitcode > 0 else FAILURE
 
 
@@ -454,4 +462,5 @@ def _ending(failure: ProcessFailure) -> str:
 
 
 if __name__ == "__main__":
+    explain_uncaught()
     sys.exit(main(sys.argv[1:]))

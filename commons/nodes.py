@@ -32,8 +32,9 @@ POLL_SECONDS = 0.2
 CONNECT_SECONDS = 30.0
 FAREWELL_SECONDS = 10.0
 OWN_ADDRESS_SECONDS = 10.0
-PROBE_SECONDS = 3.0
-SAME_ON_ALL = "MASTER_ADDR must be an address of node 0, MASTER_PORT a port that nothing else uses, on all nodes the same"
+SAME_ON_ALL = (
+    "MASTER_ADDR must be an address of node 0, MASTER_PORT a port that nothing else uses, on all nodes the same"
+)
 NODE_0_LEFT = "node 0 went away while the nodes were meeting: its own screen says why"
 
 

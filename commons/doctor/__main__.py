@@ -1,4 +1,4 @@
-"""python -m commons.doctor [--json] [--topic TOPIC ...]; exit code 1 if something stops training, else 0."""
+"""python -m commons.doctor [--json] [--topic TOPIC ... | --failure TEXT]; exit code 1 if something stops training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from commons.doctor.diagnosis import TOPICS, diagnose
+from commons.doctor.diagnosis import TOPICS, diagnose, explain_failure
 from commons.doctor.findings import exit_code
 from commons.doctor.report import as_text, print_json, summary, wants_colour
 
@@ -15,10 +15,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m commons.doctor", description="Says why this machine cannot train.")
     parser.add_argument("--json", action="store_true", help="findings as JSON, see commons/doctor/report.py")
     parser.add_argument("--topic", action="append", choices=TOPICS, help="only this topic; may be repeated")
+    parser.add_argument(
+        "--failure", metavar="TEXT", help="only what may have caused this error message; no word where nothing has"
+    )
     given = parser.parse_args(arguments)
-    findings = diagnose(topics=given.topic or TOPICS)
+    if given.failure is not None:
+        findings = explain_failure(given.failure)
+    else:
+        findings = diagnose(topics=given.topic or TOPICS)
     if given.json:
         print_json(findings)
+    elif given.failure is not None:
+        print(as_text(findings, colour=wants_colour(sys.stdout)), end="\n" if findings else "")
     else:
         print(as_text(findings, colour=wants_colour(sys.stdout)))
         print(f"\n{summary(findings)}")
