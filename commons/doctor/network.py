@@ -11,10 +11,14 @@ from commons.doctor.machine import AllReduce, Machine
 ALL_REDUCE_TIMEOUT_SECONDS = 90.0  # two imports of torch on a busy laptop included
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # interfaces of containers, virtual machines and tunnels: other machines are not reached through them
-VIRTUAL_INTERFACE = re.compile(r"(docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)")
+VIRTUAL_INTERFACE = re.compile(r"(lo$|docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)")
+LOOPBACK_NAMES = ("127.", "localhost", "::1")
 
 
 def wants_several_machines(machine: Machine) -> bool:
+    """NNODES above 1, unless the "machines" meet at this one's loopback: then they are all here."""
+    if machine.environment.get("MASTER_ADDR", "").startswith(LOOPBACK_NAMES):
+        return False
     value = machine.environment.get("NNODES", "1").split(":")[-1]
     return value.isdecimal() and int(value) > 1
 
