@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from commons.doctor.diagnosis import TOPICS, diagnose, explain_failure
 from commons.doctor.findings import exit_code
+from commons.doctor.machine import Machine
 from commons.doctor.report import as_text, print_json, summary, wants_colour
+from commons.doctor.torch_build import choose_torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--failure", metavar="TEXT", help="only what may have caused this error message; no word where nothing has"
     )
+    parser.add_argument("--torch-for", metavar="VERSION", help=argparse.SUPPRESS)  # install.sh asks
     given = parser.parse_args(arguments)
+    if given.torch_for is not None:
+        print(*choose_torch(Machine(), given.torch_for), sep="\n")
+        return 0
     if given.failure is not None:
         findings = explain_failure(given.failure)
     else:

@@ -36,6 +36,7 @@ CHECKS: tuple[Check, ...] = (
     Check("visible-devices", "gpu", driver.visible_devices),
     Check("mig", "gpu", driver.mig),
     Check("compute-mode", "gpu", driver.compute_mode),
+    Check("persistence", "gpu", driver.persistence),
     Check("libcuda", "gpu", libcuda),
     Check("torch-build", "gpu", torch_build.torch_build),
     Check("torch-cuda", "gpu", torch_build.torch_cuda),
@@ -92,9 +93,13 @@ SYMPTOMS: tuple[Symptom, ...] = (
     Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError",
             (*NETWORK, "peer-access", "shm", "memlock", "open-files", "compute-mode", "mig")),
     Symptom(r"gloo|connectFullMesh|timed? ?out|Connection (refused|reset|closed)|No route to host|rendezvous", NETWORK),
-    Symptom(r"Bus error|SIGBUS|No space left|can(no|')t allocate memory|Killed|SIGKILL|signal 9|exitcode: -9",
-            ("host",)),
-    Symptom(r"Too many open files|can't start new thread|Permission denied|Read-only file system", ("host",)),
+    # not the whole topic of the host: the answer is to come at once, for a run over several machines ends meanwhile
+    Symptom(r"Killed|SIGKILL|signal 9|exitcode: -9|can(no|')t allocate memory", ("memory", "cgroup")),
+    Symptom(r"Bus error|SIGBUS", ("shm", "memory", "cgroup")),
+    Symptom(r"No space left|Disk quota exceeded", ("disk", "shm")),
+    Symptom(r"Too many open files", ("open-files",)),
+    Symptom(r"can't start new thread|Resource temporarily unavailable", ("cgroup",)),
+    Symptom(r"Permission denied|Read-only file system", ("disk", "shm")),
 )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def default_route(machine: Machine) -> str:
 
 
 def set_interface(machine: Machine) -> str:
-    name = default_route(machine) or "<interface>"
+    real = [name for name, found in machine.interface_addresses.items() if found and not VIRTUAL_INTERFACE.match(name)]
+    name = default_route(machine) or next(iter(real), "<interface>")
     return f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}   # ip -br addr lists them"
 
 
