@@ -224,10 +224,7 @@ REPORTED = "torch 2.10.0: driver 551.78 runs CUDA 12.4 at most, and torch {pinne
     ("gpu", "driver", "cuda", "capability", "version", "said"),
     [
         ("NVIDIA GeForce RTX 4070", "551.78", "12.4", "8.9", "2.10.0", REPORTED),
-        ("NVIDIA GeForce GTX 1080", "581.10", "13.0", "6.1", "2.7.1", "torch 2.7.1: newer ones have no code for"),
         ("NVIDIA H100", "470.82", "11.4", "9.0", "", "every tested torch needs 12: update the driver"),
-        ("NVIDIA H100", "580.65", "13.0", "9.0", "", ""),
-        ("broken", "?", "?", "?", "", ""),
     ],
 )
 def test_a_torch_that_the_driver_can_run(
@@ -237,20 +234,18 @@ def test_a_torch_that_the_driver_can_run(
     shutil.copytree(ROOT / "commons" / "doctor", machine.repo / "commons" / "doctor")
     (machine.repo / "commons" / "__init__.py").touch()
     answers = NVIDIA_SMI.format(gpu=gpu, driver=driver, cuda=cuda, capability=capability)
-    machine.put("nvidia-smi", answers if gpu != "broken" else "exit 9")
+    machine.put("nvidia-smi", answers)
     index = machine.home / "index"
     shutil.copytree(machine.wheels, index)
-    for other in ("2.10.0", "2.7.1"):
-        make_wheel(index, "torch", other)
+    make_wheel(index, "torch", "2.10.0")
 
     done = machine.install(PIP_FIND_LINKS=str(index))
 
     assert_ready(done, machine.venv / "bin/python")
     text = (machine.site_packages() / "torch.py").read_text()
     assert text == f"__version__ = {version or pinned!r}\n"
-    told = [line for line in done.stderr.splitlines() if line.startswith("install.sh: torch ")]
-    assert len(told) == bool(said), done.stderr
-    assert said.format(pinned=pinned) in "".join(told)
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("install.sh: torch ")]
+    assert said.format(pinned=pinned) in told
     assert_ready(machine.install(PIP_FIND_LINKS=""), machine.venv / "bin/python")  # it fulfils the pins
 
 

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from namespaces import ADDRESSES, DRAIN_SECONDS, NAMES, Network, NodeRun, free_port, two_machines, why_impossible
 from suite_runs import FinishedRun, launch
 
 from commons import lifeline
+from commons.nodes import Nodes, interface_to_the_others
 
 SETTINGS = ("--device=cpu", "--model_type=gpt2_tiny", "--train_step=4", "--warmup_step=1")
 ENDLESS = ("--device=cpu", "--model_type=gpt2_tiny", "--train_step=100000", "--warmup_step=1")
@@ -92,7 +94,6 @@ def test_a_killed_launcher_ends_the_other_node_which_names_it(network: Network, 
     done = left.wait(END_SECONDS)
     assert done.returncode == 1, done.console
     assert f"Node {dies} ({ADDRESSES[dies]}) ended first: its own screen says why." in left.last_lines
-    assert f"[{ADDRESSES[dies]}, node {dies}]" in done.console, "the rank's own error names it too"
     assert killed.wait(5).returncode == -signal.SIGKILL
     assert network.is_empty(), "ranks of the killed launcher"
 
@@ -220,7 +221,32 @@ def test_a_wrong_interface_is_explained_by_the_doctor(network: Network, tmp_path
     assert "cure: export GLOO_SOCKET_IFNAME=" in final
 
 
-# ---- the lifeline by itself
+# ---- the parts by themselves
+
+
+def test_addresses_in_an_error_are_named() -> None:
+    text = "Connection closed by peer [10.0.0.12]:4000, [10.0.0.1]:1"
+    nodes = Nodes(8, 2, 0, "10.0.0.1", 29500, ("10.0.0.1", "10.0.0.12"))
+    assert nodes.annotate(text) == "Connection closed by peer [10.0.0.12, node 1]:4000, [10.0.0.1, node 0]:1"
+    one_machine = Nodes(8, 2, 0, "127.0.0.1", 29500, ("127.0.0.1", "127.0.0.1"))
+    assert one_machine.annotate("peer [127.0.0.1]:1") == "peer [127.0.0.1]:1", "it could be either"
+    assert Nodes(2).annotate(text) == text
+
+
+def test_the_interface_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any of its addresses, of either family, as the connection itself gives them."""
+    there = {
+        "lo": ["127.0.0.1", "::1"],
+        "eth0": ["02:00:00:00:00:01", "192.0.2.5", "fe80::1%eth0"],
+        "ib0": ["10.1.0.5", "10.2.0.5"],
+    }
+    monkeypatch.setattr(
+        "psutil.net_if_addrs", lambda: {n: [SimpleNamespace(address=each) for each in a] for n, a in there.items()}
+    )
+    cases = {"10.2.0.5": "ib0", "fe80::1%eth0": "eth0", "127.0.0.1": "lo", "10.9.9.9": ""}
+    for address, name in cases.items():
+        assert interface_to_the_others(Nodes(1, 2, 1, "node0", 1, ("10.0.0.1", address))) == name
+    assert interface_to_the_others(Nodes(2)) == ""
 
 
 def test_strangers_and_the_done_are_not_taken_for_losses() -> None:

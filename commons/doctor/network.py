@@ -96,12 +96,13 @@ def hostname(machine: Machine) -> Iterator[Finding]:
             cure=f'echo "127.0.1.1 {name}" | sudo tee -a /etc/hosts\n{set_interface(machine)}',
         )
     elif several and address.startswith("127."):
-        yield error(
+        yield warning(
             "loopback",
             "this machine's name stands for the loopback address, and there are several machines",
             seen=f"{name} is {address} (/etc/hosts); NNODES={machine.environment.get('NNODES')}",
-            why="gloo tells the other machines to connect to 127.x, which is each machine itself:"
-            " 'connectFullMesh failed', or a hang until the time limit.",
+            why="run_gemini.sh has gloo take the interface by which the machines meet. Under plain torchrun gloo goes"
+            " by the name, and tells the others to connect to 127.x, which is each machine itself: 'connectFullMesh"
+            " failed', or a hang until the time limit.",
             cure=set_interface(machine),
         )
     else:
