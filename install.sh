@@ -27,6 +27,8 @@ lock_file="$venv/install.lock"
 # the requirements that it fulfils.
 state_file="$venv/install.state"
 
+pins_file="$venv/install.requirements" # requirements.txt, with the torch that this machine can run
+
 readonly untested=10 # EXIT_UNTESTED in commons/versions.py
 readonly tested_pythons=(3.12 3.11 3.10)
 readonly needed_mib=2000 needed_with_cuda_mib=9000
@@ -307,6 +309,18 @@ pip_install() {
         "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar "$bar" "${@:2}"
 }
 
+# choose_torch: print requirements.txt, with another torch where this machine's driver or GPU cannot run the pinned one.
+# The doctor knows; where it does not, or is not done in time, the pins are what they are.
+choose_torch() {
+    local pinned answer version reason
+    pinned="$(sed -n 's/^torch==//p' "$root/requirements.txt")"
+    answer="$(cd "$root" && timeout 60 "$venv/bin/python" -m commons.doctor --torch-for "$pinned" 2>/dev/null)" || answer=""
+    { read -r version && read -r reason; } <<<"$answer" || true
+    [[ -z ${reason:-} ]] || say "torch ${version:=$pinned}: $reason"
+    [[ ${version:-} =~ ^[0-9][0-9.]*$ ]] || version="$pinned"
+    sed "s/^torch==.*/torch==$version/" "$root/requirements.txt"
+}
+
 # finish: record what $venv fulfils, once it has been looked at.
 finish() {
     local code=0 state="" tools=""
@@ -319,6 +333,7 @@ finish() {
 }
 
 install() {
+    local requirements problem
     lock
     ! venv_ready || return 0 # made by the install.sh that we waited for
     require_room
@@ -328,7 +343,9 @@ install() {
     fi
     make_venv
     say "[2/3] requirements.txt${dev:+, requirements-dev.txt}: torch is the large one, this can take minutes"
-    pip_install requirements.txt -r "$root/requirements.txt" ${dev:+-r "$root/requirements-dev.txt"}
+    requirements="$(choose_torch)"
+    problem="$( (printf '%s\n' "$requirements" >"$pins_file") 2>&1)" || explain "cannot write $pins_file" "$problem"
+    pip_install requirements.txt -r "$pins_file" ${dev:+-r "$root/requirements-dev.txt"}
     say "[3/3] requirements-nodeps.txt: Colossal-AI, without the packages that it declares"
     pip_install requirements-nodeps.txt --no-deps -r "$root/requirements-nodeps.txt"
     finish

@@ -11,6 +11,7 @@ import sys
 
 from commons import device
 from commons.config import TrainConfig
+from commons.doctor import explain_uncaught
 from commons.guard import Guard, on_duty
 from commons.noise import quiet_libraries
 from commons.pulse import group_timeout_seconds
@@ -46,4 +47,5 @@ def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
 
 
 if __name__ == "__main__":
+    explain_uncaught()
     main(sys.argv[1:])

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from commons.doctor.failure import LAUNCHER_RUN_ID
 from commons.nodes import Nodes
 from commons.watch import Watch
 
@@ -117,7 +118,7 @@ def run_agent(
     parameters = RendezvousParameters(
         backend="static",
         endpoint=f"{nodes.master_addr}:{store.port}",
-        run_id="run_gemini",
+        run_id=LAUNCHER_RUN_ID,
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         rank=nodes.rank,

@@ -32,9 +32,11 @@ from commons.cli import (
 )
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
+from commons.doctor import explain_uncaught, explanation, needs_no_traceback
 from commons.ending import FAILURE, STOP_SIGNALS, Ended, read_note, stopped_by
 from commons.guard import WATCH_VARIABLE
-from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, agree, open_store
+from commons.lifeline import Lifeline
+from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -233,26 +235,54 @@ def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
 
 def start(launch: Launch, script: Path) -> int:
     """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
-    config, nodes = launch.config, launch.nodes
     try:
-        store = open_store(nodes, config.timeout)
-        leader = agree(store, nodes, _card(launch), config.timeout)
+        met = meet(launch.nodes, _card(launch), launch.config.timeout)
     except MeetingError as error:
         print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
         return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
+    _choose_interface(launch, met.nodes)
+    run_name = met.leader["_run_name"]
     try:
-        console_copy = _open_console_copy(launch, leader["_run_name"])
+        console_copy = _open_console_copy(launch, run_name)
     except OSError as error:
         print(
             f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
             file=sys.stderr,
         )
         return FAILURE
-    with console_copy:
-        launch = dataclasses.replace(launch, config=dataclasses.replace(config, run_name=leader["_run_name"]))
-        code = run_ranks(launch, store, script)
+    config = dataclasses.replace(launch.config, run_name=run_name)
+    launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
+    with console_copy, met.lifeline as lifeline:
+        code = run_ranks(launch, met.store, script)
+        lifeline.stand_down()
+        if code:
+            code = _look_for_others(code, lifeline, met.nodes)
+        lifeline.close(succeeded=code == 0)
         console_copy.tells_at_the_end = code == 0  # else the last line is to be what the run ended for
         return code
+
+
+def _look_for_others(code: int, lifeline: Lifeline, nodes: Nodes) -> int:
+    """Say which node was gone before this one failed, or cannot be reached; returns the exit code."""
+    if lifeline.lost is not None:
+        line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: its own screen says why."
+        print(line, file=sys.stderr, flush=True)
+        return FAILURE if code == 128 + signal.SIGTERM else code  # which the lifeline sent
+    for node in lifeline.silent():
+        line = f"{nodes.describe(node).capitalize()} does not answer: is it up, and its network?"
+        print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def _choose_interface(launch: Launch, nodes: Nodes) -> None:
+    """Have gloo take the interface by which the nodes met. Left alone, it takes the one of the machine's own
+    name, which on many systems is the loopback: no other machine gets through to that."""
+    name = interface_to_the_others(nodes)
+    if name and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        line = f"Node {nodes.rank} of {nodes.count}: {name} ({nodes.addresses[nodes.rank]}) leads to the others."
+        launch.notices.append(f"{line} GLOO_SOCKET_IFNAME would choose another interface.")
+        print(launch.notices[-1], file=sys.stderr, flush=True)
 
 
 def _card(launch: Launch) -> dict[str, Any]:
@@ -421,6 +451,11 @@ def _report_failure(error: ChildFailedError, nodes: Nodes, course: Course) -> in
     lines, ended = failure_lines(error.failures, nodes, course.watch.verdict)
     course.conclude(ended, replace=read_note(failure.message) is None)
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    if ended.how == "failed" and read_note(failure.message) is None:
+        _raise_on_signals()  # the engine, whose handlers are in place, has ended
+        causes = _causes(failure, lines)
+        if causes:
+            print(f"\n{causes}", file=sys.stderr, flush=True)
     return ended.exit_code
 
 
@@ -440,16 +475,29 @@ def failure_lines(
     rank, failure = root_cause(failures)
     if note := read_note(failure.message):
         return [note.why], note
-    details = failure.message if isinstance(failure.message, dict) else {}
-    message = text = details.get("message", "")
-    if nodes.world_size > 1:  # what this rank printed lies somewhere among what the others did
-        text = details.get("extraInfo", {}).get("py_callstack", text)
+    message, stack = _message(failure)
+    # what this rank printed lies somewhere among what the others did
+    shows_stack = nodes.world_size > 1 and not needs_no_traceback(message)
+    text = nodes.annotate(stack if shows_stack else message)
     head = f"Rank {rank} of {nodes.world_size} failed"
+    lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
     code = failure.exitcode if failure.exitcode > 0 else FAILURE
-    if text:
-        return [f"{head}:", *text.strip().splitlines()], Ended("failed", f"{head}: {message}", code)
-    line = f"{head} ({_ending(failure)})."
-    return [line], Ended("failed", line, code)
+    return lines, Ended("failed", f"{head}: {message}" if message else lines[0], code)
+
+
+def _message(failure: ProcessFailure) -> tuple[str, str]:
+    """What the rank's exception said, and that with its stack; empty where it left none."""
+    details = failure.message if isinstance(failure.message, dict) else {}
+    message = details.get("message", "")
+    return message, details.get("extraInfo", {}).get("py_callstack", message)
+
+
+def _causes(failure: ProcessFailure, lines: Sequence[str]) -> str:
+    """What the doctor finds on this machine that explains a failure; where it finds nothing, the stack that an
+    error which needs none was told without.
+    """
+    message, stack = _message(failure)
+    return explanation(message or lines[0]) or (stack.rstrip() if needs_no_traceback(message) else "")
 
 
 def _ending(failure: ProcessFailure) -> str:
@@ -462,4 +510,5 @@ def _ending(failure: ProcessFailure) -> str:
 
 
 if __name__ == "__main__":
+    explain_uncaught()
     sys.exit(main(sys.argv[1:]))

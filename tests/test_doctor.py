@@ -209,6 +209,59 @@ def test_case_1_with_todays_torch_names_the_driver_too(wsl: FakeMachine) -> None
     ]
 
 
+def test_the_report_to_the_end(wsl: FakeMachine) -> None:
+    """The machine of the report: WSL 2, RTX 4070, driver 551.78, CUDA 12.4, nvcc 11.5 from the distribution's packages,
+    and the torch that pip gives today, built for CUDA 13. Each cure in turn, and then it trains."""
+    dpkg = Completed(0, f"libnvidia-compute-535:amd64: {INSIDE_WSL}\n")
+    shadow(wsl).install("/usr/bin/dpkg", lambda _: dpkg)
+    wsl.with_torch("2.13.0", "13.0", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120")
+    both = explain_failure("RuntimeError: No CUDA GPUs are available", wsl)
+    assert [finding.id for finding in both] == ["libcuda.shadowed", "torch-cuda.newer-than-driver"]
+    assert "sudo apt-get purge libnvidia-compute-535 && sudo ldconfig" in both[0].cure
+    nvcc = found(wsl)["nvcc"]
+    assert (nvcc.level, nvcc.title) == ("ok", "nvcc 11.5 does not matter here")
+
+    wsl.at(INSIDE_WSL).unlink()  # the first cure
+    wsl.libcuda = Libcuda(True, (WSL_LIBCUDA,), (12, 4), 0, (CudaDevice("NVIDIA GeForce RTX 4070", (8, 9)),))
+    wsl.with_torch("2.13.0", "13.0", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120")
+    wsl.torch = replace(wsl.torch, devices=(), error="RuntimeError: The NVIDIA driver on your system is too old")
+    wsl.forget()
+    driver_too_old, sees_none = explain_failure("RuntimeError: No CUDA GPUs are available", wsl)
+    assert (driver_too_old.id, sees_none.id) == ("torch-cuda.newer-than-driver", "torch-gpu.none")
+    assert driver_too_old.title == "torch was built for CUDA 13.0 and the driver runs CUDA 12.4 at most"
+    assert "driver 551.78" in driver_too_old.seen
+    cures = driver_too_old.cure.splitlines()
+    assert cures[0] == "python -m pip uninstall -y torch && python -m pip install torch==2.10.0"
+    assert cures[1].startswith("# or install driver 580 or newer on Windows, never inside WSL")
+    assert why_no_gpu(wsl).endswith(f"try: {cures[0]}")
+    assert torch_build.choose_torch(wsl, "2.13.0")[0] == "2.10.0", "install.sh would not have got there"
+
+    wsl.with_torch("2.10.0", "12.8", "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120")  # the second
+    assert troubles(wsl) == {}
+    assert "minor version" in found(wsl)["torch-cuda"].seen
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "version", "reason"),
+    [
+        ("12.4", "8.9", "2.10.0", "driver 550.54.15 runs CUDA 12.4 at most, and torch 2.13.0 is built for CUDA 13"),
+        ("13.1", "9.0", "2.13.0", ""),
+        ("11.8", "8.0", "2.13.0", "every tested torch needs 12: update the driver"),
+        ("12.8", "6.1", "2.7.1", "newer ones have no code for NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_the_torch_to_install(linux: FakeMachine, cuda: str, capability: str, version: str, reason: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(compute_cap=capability), cuda=cuda))
+    linux.libcuda = Libcuda(False)
+    chosen, why = torch_build.choose_torch(linux, "2.13.0")
+    assert chosen == version
+    assert reason in why and bool(reason) == bool(why)
+
+
+def test_the_torch_to_install_where_there_is_no_gpu(no_gpu: FakeMachine) -> None:
+    assert torch_build.choose_torch(no_gpu, "2.13.0") == ("2.13.0", "")
+
+
 def test_case_1_containers_in_wsl_have_their_libcuda_elsewhere(wsl: FakeMachine) -> None:
     wsl.write("/.dockerenv")
     mounted = "/usr/lib/x86_64-linux-gnu/libcuda.so.1.1"
@@ -460,7 +513,28 @@ def test_case_9_compute_modes(linux: FakeMachine, mode: str, finding_id: str, le
     finding = only(linux)
     assert (finding.id, finding.level) == (finding_id, level)
     assert finding.cure == "sudo nvidia-smi -i 0 -c DEFAULT"
+    assert finding.seen.endswith("persistence mode Enabled: it stays until the next restart")
     assert "compute-mode" not in found(linux)
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(compute_mode=mode, persistence_mode="Disabled")))
+    assert "it goes when the last process leaves the GPU" in only(linux).seen
+
+
+@pytest.mark.parametrize(
+    ("mode", "title"),
+    [
+        ("Enabled", "the driver stays loaded between runs"),
+        ("Disabled", "the driver sleeps between runs"),
+        ("[N/A]", "these GPUs know no persistence mode"),
+    ],
+)
+def test_persistence_is_told_and_no_trouble(linux: FakeMachine, mode: str, title: str) -> None:
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1, persistence_mode=mode), gpu(2, persistence_mode=mode)))
+    linux.libcuda = replace(linux.libcuda, devices=(H100,) * 3)
+    assert troubles(linux.with_torch("2.6.0", "12.4")) == {}
+    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(persistence_mode=mode)))
+    finding = found(linux)["persistence"]
+    assert finding.title == title
+    assert ("-pm 1" in finding.why) == (mode == "Disabled")
 
 
 def test_case_10_small_shared_memory(linux: FakeMachine) -> None:
@@ -491,7 +565,7 @@ def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
     linux.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
     assert troubles(linux) == {}
     finding = only(linux.with_environment(NNODES="2"))
-    assert (finding.id, finding.level) == ("hostname.loopback", "error")
+    assert (finding.id, finding.level) == ("hostname.loopback", "warning")
     assert finding.cure.startswith("export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0")
     assert explain_failure("Gloo connectFullMesh failed with ...", linux) == [finding]
     assert troubles(linux.with_environment(GLOO_SOCKET_IFNAME="eth0")) == {}
@@ -503,6 +577,9 @@ def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
         ({"NCCL_SOCKET_IFNAME": "ib0"}, "interface.unknown"),
         ({"GLOO_SOCKET_IFNAME": "eth1,ens3"}, "interface.unknown"),
         ({"NCCL_SOCKET_IFNAME": "docker", "NNODES": "2"}, "interface.virtual"),
+        ({"GLOO_SOCKET_IFNAME": "lo", "NNODES": "2"}, "interface.virtual"),
+        ({"GLOO_SOCKET_IFNAME": "lo", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, ""),
+        ({"GLOO_SOCKET_IFNAME": "lo"}, ""),
         ({"NCCL_SOCKET_IFNAME": "docker0"}, ""),
         ({"NCCL_SOCKET_IFNAME": "eth"}, ""),
         ({"NCCL_SOCKET_IFNAME": "=eth0"}, ""),

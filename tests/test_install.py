@@ -31,7 +31,7 @@ SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run
 # Everything that the scripts call; a machine's PATH holds these and the interpreters that a test puts there.
 TOOLS = (
     "bash", "cat", "cut", "date", "df", "dirname", "env", "find", "flock", "grep", "head", "ls", "mkdir",
-    "rm", "sed", "sha256sum", "sleep", "tail", "tr", "uname",
+    "rm", "sed", "sha256sum", "sleep", "tail", "timeout", "tr", "uname",
 )  # fmt: skip
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
 TIMEOUT_SECONDS = 240
@@ -210,6 +210,53 @@ def test_first_start_makes_a_venv_with_every_pin(machine: Machine) -> None:
     assert [line[12:17] for line in done.stderr.splitlines() if re.search(r"\[\d/3\]", line)] == [
         "[1/3]", "[2/3]", "[3/3]",
     ]  # fmt: skip
+
+
+# nvidia-smi as the doctor asks it: one GPU, a driver and the CUDA that this runs
+NVIDIA_SMI = """case "$*" in
+    *query-gpu=*) echo '0, GPU-1, {gpu}, {driver}, 12282, 10, {capability}, Default, Enabled, N/A, N/A, N/A, 0x1' ;;
+    "") echo '| NVIDIA-SMI 1.2   Driver Version: {driver}   CUDA Version: {cuda} |' ;;
+esac"""
+REPORTED = "torch 2.10.0: driver 551.78 runs CUDA 12.4 at most, and torch {pinned} is built for CUDA 13"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "driver", "cuda", "capability", "version", "said"),
+    [
+        ("NVIDIA GeForce RTX 4070", "551.78", "12.4", "8.9", "2.10.0", REPORTED),
+        ("NVIDIA H100", "470.82", "11.4", "9.0", "", "every tested torch needs 12: update the driver"),
+    ],
+)
+def test_a_torch_that_the_driver_can_run(
+    machine: Machine, gpu: str, driver: str, cuda: str, capability: str, version: str, said: str
+) -> None:
+    (pinned,) = [pinned_version(pin) for pin in pins("requirements.txt") if pin.name == "torch"]
+    shutil.copytree(ROOT / "commons" / "doctor", machine.repo / "commons" / "doctor")
+    (machine.repo / "commons" / "__init__.py").touch()
+    answers = NVIDIA_SMI.format(gpu=gpu, driver=driver, cuda=cuda, capability=capability)
+    machine.put("nvidia-smi", answers)
+    index = machine.home / "index"
+    shutil.copytree(machine.wheels, index)
+    make_wheel(index, "torch", "2.10.0")
+
+    done = machine.install(PIP_FIND_LINKS=str(index))
+
+    assert_ready(done, machine.venv / "bin/python")
+    text = (machine.site_packages() / "torch.py").read_text()
+    assert text == f"__version__ = {version or pinned!r}\n"
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("install.sh: torch ")]
+    assert said.format(pinned=pinned) in told
+    assert_ready(machine.install(PIP_FIND_LINKS=""), machine.venv / "bin/python")  # it fulfils the pins
+
+
+def test_a_doctor_that_cannot_tell_leaves_the_pins(machine: Machine) -> None:
+    (machine.repo / "commons" / "doctor").mkdir()
+    (machine.repo / "commons" / "doctor" / "__main__.py").write_text("print('2.10.0; touch x')\nprint('why')\n")
+    done = machine.install()
+    assert_ready(done, machine.venv / "bin/python")
+    assert not (machine.repo / "x").exists()
+    (pinned,) = [pinned_version(pin) for pin in pins("requirements.txt") if pin.name == "torch"]
+    assert (machine.site_packages() / "torch.py").read_text() == f"__version__ = {pinned!r}\n"
 
 
 def test_second_start_runs_no_pip_and_says_nothing(installed: Machine) -> None:

@@ -179,9 +179,10 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
-    run = Launched(tmp_path, body).wait(timeout=40)
+    run = Launched(tmp_path, body).wait(timeout=90)
     assert run.code == 1
-    assert run.stderr.splitlines()[-1].startswith("Rank 1 of 2 failed (killed by SIGKILL, often because")
+    # the doctor may add what it finds about this machine's memory
+    assert re.search(r"^Rank 1 of 2 failed \(killed by SIGKILL, often because", run.stderr, re.MULTILINE)
     assert not is_alive(read_note(run, 0)["pid"])
 
 

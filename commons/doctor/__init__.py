@@ -11,6 +11,7 @@ process. The parts, each importing only those above it:
     driver.py libcuda.py torch_build.py gpu_state.py packages.py network.py host.py    the checks
     diagnosis.py   CHECKS, the one table of them; diagnose(), explain_no_gpu(), explain_failure(), ...
     report.py      findings as text and as JSON
+    failure.py     a failed start asks by itself
 
 This file keeps to what a very old Python can parse, so that such a one says a sentence, not SyntaxError.
 """
@@ -31,6 +32,7 @@ from commons.doctor.diagnosis import (  # noqa: E402  (older Pythons must not ge
     explain_no_gpu,
     why_no_gpu,
 )
+from commons.doctor.failure import explain_uncaught, explanation, needs_no_traceback  # noqa: E402
 from commons.doctor.findings import Finding, exit_code  # noqa: E402
 from commons.doctor.machine import Machine  # noqa: E402
 from commons.doctor.report import as_json, as_text  # noqa: E402
@@ -45,5 +47,8 @@ __all__ = [
     "exit_code",
     "explain_failure",
     "explain_no_gpu",
+    "explain_uncaught",
+    "explanation",
+    "needs_no_traceback",
     "why_no_gpu",
 ]

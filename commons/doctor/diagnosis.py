@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -36,6 +36,7 @@ CHECKS: tuple[Check, ...] = (
     Check("visible-devices", "gpu", driver.visible_devices),
     Check("mig", "gpu", driver.mig),
     Check("compute-mode", "gpu", driver.compute_mode),
+    Check("persistence", "gpu", driver.persistence),
     Check("libcuda", "gpu", libcuda),
     Check("torch-build", "gpu", torch_build.torch_build),
     Check("torch-cuda", "gpu", torch_build.torch_cuda),
@@ -64,17 +65,46 @@ CHECKS: tuple[Check, ...] = (
 
 NO_GPU_TOPICS: tuple[Topic, ...] = ("gpu",)
 
-# Words of a failed start -> the topics to look at
-SYMPTOMS: Sequence[tuple[str, tuple[Topic, ...]]] = (
-    (r"No CUDA GPUs|NVIDIA driver|CUDA driver|not compiled with CUDA|no kernel image|libcuda", NO_GPU_TOPICS),
-    (r"CUDA initialization|no CUDA-capable device|not yet initialized|forward compatibility", NO_GPU_TOPICS),
-    (r"out of memory|busy or unavailable", ("gpu", "gpu-state", "host")),
-    (r"ECC|CUDA error|illegal memory access", ("gpu-state", "gpu")),
-    (r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError", ("packages",)),
-    (r"NCCL|gloo|connectFullMesh|timed? ?out|Connection refused|rendezvous", ("network", "host")),
-    (r"Bus error|No space left|Cannot allocate memory|Killed|SIGKILL|signal 9|exitcode: -9", ("host",)),
-    (r"Too many open files|can't start new thread|Permission denied|Read-only file system", ("host",)),
-)
+
+@dataclass(frozen=True)
+class Symptom:
+    """Words of a failed start, and what may be behind them.
+
+    pattern: a regular expression, whatever the case.
+    look_at: topics, or single checks where others of the topic are slow or beside the point.
+    shows_code: the error's traceback helps; False where only the machine can be at fault.
+    """
+
+    pattern: str
+    look_at: tuple[str, ...]
+    shows_code: bool = True
+
+
+NETWORK = ("interface", "hostname")
+SYMPTOMS: tuple[Symptom, ...] = (
+    Symptom(r"No CUDA GPUs|NVIDIA driver|CUDA driver|not compiled with CUDA|no kernel image", NO_GPU_TOPICS, False),
+    Symptom(r"CUDA initialization|no CUDA-capable device|forward compatibility|libcuda", NO_GPU_TOPICS, False),
+    Symptom(r"CUDA-capable device\(s\) is/are busy|devices? (is|are) busy or unavailable",
+            ("gpu", "gpu-state"), False),
+    Symptom(r"CUDA (error: )?out of memory|CUDA_ERROR_OUT_OF_MEMORY", ("gpu", "gpu-state", "memory")),
+    Symptom(r"\bECC\b|CUDA error|illegal memory access|not yet initialized", ("gpu-state", "gpu")),
+    Symptom(r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError|unexpected keyword"
+            r" argument", ("packages",)),
+    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError",
+            (*NETWORK, "peer-access", "shm", "memlock", "open-files", "compute-mode", "mig")),
+    Symptom(r"gloo|connectFullMesh|timed? ?out|Connection (refused|reset|closed)|No route to host|rendezvous", NETWORK),
+    # not the whole topic of the host: the answer is to come at once, for a run over several machines ends meanwhile
+    Symptom(r"Killed|SIGKILL|signal 9|exitcode: -9|can(no|')t allocate memory", ("memory", "cgroup")),
+    Symptom(r"Bus error|SIGBUS", ("shm", "memory", "cgroup")),
+    Symptom(r"No space left|Disk quota exceeded", ("disk", "shm")),
+    Symptom(r"Too many open files", ("open-files",)),
+    Symptom(r"can't start new thread|Resource temporarily unavailable", ("cgroup",)),
+    Symptom(r"Permission denied|Read-only file system", ("disk", "shm")),
+)  # fmt: skip
+
+
+def matching_symptoms(message: str) -> list[Symptom]:
+    return [symptom for symptom in SYMPTOMS if re.search(symptom.pattern, message, re.IGNORECASE)]
 
 
 def run_check(check: Check, machine: Machine) -> list[Finding]:
@@ -119,8 +149,10 @@ def explain_no_gpu(machine: Machine | None = None) -> list[Finding]:
 
 def explain_failure(message: str, machine: Machine | None = None) -> list[Finding]:
     """What here may have caused this error text; empty where it matches nothing known or all is well."""
-    topics = [topic for pattern, found in SYMPTOMS if re.search(pattern, message, re.IGNORECASE) for topic in found]
-    return problems(diagnose(machine, dict.fromkeys(topics)))
+    wanted = {name for symptom in matching_symptoms(message) for name in symptom.look_at}
+    machine = machine or Machine()
+    checks = [check for check in CHECKS if wanted & {check.topic, check.name}]
+    return problems(finding for check in checks for finding in run_check(check, machine))
 
 
 def hides_gpu(finding: Finding) -> bool:

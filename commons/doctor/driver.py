@@ -418,7 +418,8 @@ def split_gpus(split: Sequence[Gpu], devices: Sequence[str]) -> Finding:
         "enabled",
         f"GPU {numbers}: split into {len(devices)} MIG instances",
         seen=", ".join(devices),
-        why="A process sees one instance only, and NCCL cannot join instances: one rank is all that works.",
+        why="A process sees one instance only, and NCCL cannot join instances: one rank is all that works."
+        " Instances last until the GPU is reset or the machine restarted.",
         cure=f"export CUDA_VISIBLE_DEVICES={devices[0]}\nsudo nvidia-smi -i {numbers} -mig 0   # or whole GPUs",
     )
 
@@ -430,7 +431,7 @@ def compute_mode(machine: Machine) -> Iterator[Finding]:
             yield error(
                 "prohibited",
                 f"GPU {gpu.index} refuses every program",
-                seen="compute mode Prohibited",
+                seen=f"compute mode Prohibited; {how_long(gpu)}",
                 why="CUDA reports that all devices are busy or unavailable.",
                 cure=f"sudo nvidia-smi -i {gpu.index} -c DEFAULT",
             )
@@ -438,13 +439,32 @@ def compute_mode(machine: Machine) -> Iterator[Finding]:
             yield warning(
                 "exclusive",
                 f"GPU {gpu.index} takes one process only",
-                seen=f"compute mode {gpu.compute_mode}",
+                seen=f"compute mode {gpu.compute_mode}; {how_long(gpu)}",
                 why="Training fails with 'devices are busy or unavailable' while any other process is on this GPU.",
                 cure=f"sudo nvidia-smi -i {gpu.index} -c DEFAULT",
             )
     if gpus and all(gpu.compute_mode in ("Default", None) for gpu in gpus):
-        modes = {gpu.persistence_mode or "unknown" for gpu in gpus}
+        yield ok("several processes may share a GPU", "compute mode Default")
+
+
+def how_long(gpu: Gpu) -> str:
+    """A driver without persistence mode forgets the modes that were set when the last process leaves the GPU."""
+    lasts = {"Enabled": "it stays until the next restart", "Disabled": "it goes when the last process leaves the GPU"}
+    mode = gpu.persistence_mode or "unknown"
+    return f"persistence mode {mode}" + (f": {lasts[mode]}" if mode in lasts else "")
+
+
+def persistence(machine: Machine) -> Iterator[Finding]:
+    """Not a trouble by itself: a start takes longer, and a desktop's own program keeps the driver loaded."""
+    gpus = smi(machine).gpus
+    off = [str(gpu.index) for gpu in gpus if gpu.persistence_mode == "Disabled"]
+    if off:
         yield ok(
-            "several processes may share a GPU",
-            f"compute mode Default; persistence mode {', '.join(sorted(modes))}",
+            "the driver sleeps between runs",
+            f"persistence mode is Disabled on GPU {', '.join(off)}",
+            "The first start takes seconds longer, and modes set with nvidia-smi are forgotten meanwhile;"
+            " sudo nvidia-smi -pm 1 keeps it awake.",
         )
+    elif gpus:
+        known = any(gpu.persistence_mode for gpu in gpus)
+        yield ok("the driver stays loaded between runs" if known else "these GPUs know no persistence mode")

@@ -11,10 +11,14 @@ from commons.doctor.machine import AllReduce, Machine
 ALL_REDUCE_TIMEOUT_SECONDS = 90.0  # two imports of torch on a busy laptop included
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # interfaces of containers, virtual machines and tunnels: other machines are not reached through them
-VIRTUAL_INTERFACE = re.compile(r"(docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)")
+VIRTUAL_INTERFACE = re.compile(r"(lo$|docker|br-|veth|virbr|cni|flannel|cali|tun|tap|wg|tailscale|zt|podman|lxc|vmnet)")
+LOOPBACK_NAMES = ("127.", "localhost", "::1")
 
 
 def wants_several_machines(machine: Machine) -> bool:
+    """NNODES above 1, unless the "machines" meet at this one's loopback: then they are all here."""
+    if machine.environment.get("MASTER_ADDR", "").startswith(LOOPBACK_NAMES):
+        return False
     value = machine.environment.get("NNODES", "1").split(":")[-1]
     return value.isdecimal() and int(value) > 1
 
@@ -28,7 +32,8 @@ def default_route(machine: Machine) -> str:
 
 
 def set_interface(machine: Machine) -> str:
-    name = default_route(machine) or "<interface>"
+    real = [name for name, found in machine.interface_addresses.items() if found and not VIRTUAL_INTERFACE.match(name)]
+    name = default_route(machine) or next(iter(real), "<interface>")
     return f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}   # ip -br addr lists them"
 
 
@@ -91,12 +96,13 @@ def hostname(machine: Machine) -> Iterator[Finding]:
             cure=f'echo "127.0.1.1 {name}" | sudo tee -a /etc/hosts\n{set_interface(machine)}',
         )
     elif several and address.startswith("127."):
-        yield error(
+        yield warning(
             "loopback",
             "this machine's name stands for the loopback address, and there are several machines",
             seen=f"{name} is {address} (/etc/hosts); NNODES={machine.environment.get('NNODES')}",
-            why="gloo tells the other machines to connect to 127.x, which is each machine itself:"
-            " 'connectFullMesh failed', or a hang until the time limit.",
+            why="run_gemini.sh has gloo take the interface by which the machines meet. Under plain torchrun gloo goes"
+            " by the name, and tells the others to connect to 127.x, which is each machine itself: 'connectFullMesh"
+            " failed', or a hang until the time limit.",
             cure=set_interface(machine),
         )
     else:

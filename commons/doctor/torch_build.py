@@ -38,6 +38,28 @@ def default_version(machine: Machine) -> str:
     return NEWEST_TORCH_TESTED if newest is None or newest >= (13, 0) else NEWEST_TORCH_WITH_CUDA_12
 
 
+def choose_torch(machine: Machine, pinned: str) -> tuple[str, str]:
+    """The torch to install here, and why it is not the pinned one; for install.sh, before there is any torch.
+
+    A driver for CUDA 12 runs no build for CUDA 13. Where not even CUDA 12 runs, no tested torch does: the pinned
+    one is as good as any on the CPU, and the reason says what to update.
+    """
+    newest = driver_cuda(machine)
+    if newest is None:
+        return pinned, ""
+    gpus = smi(machine).gpus
+    name = f"driver {gpus[0].driver_version}" if gpus else "the NVIDIA driver here"
+    driver = f"{name} runs CUDA {newest[0]}.{newest[1]} at most"
+    old = [gpu for gpu in gpus if gpu.capability and gpu.capability < OLDEST_CURRENT_CAPABILITY]
+    if newest < (12, 0):
+        return pinned, f"{driver}, and every tested torch needs 12: update the driver to use the GPU"
+    if old:
+        return NEWEST_TORCH_FOR_OLD_GPUS, f"newer ones have no code for {old[0].name}"
+    if newest < (13, 0):
+        return NEWEST_TORCH_WITH_CUDA_12, f"{driver}, and torch {pinned} is built for CUDA 13"
+    return pinned, ""
+
+
 def torch_build(machine: Machine) -> Iterator[Finding]:
     files = machine.torch_files
     if files.version is None:
