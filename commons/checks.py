@@ -92,6 +92,7 @@ LIMITS: dict[str, Limit] = {
     "beta2": Limit(0.95, low=0, below=1),
     "adam_eps": Limit(1e-8, above=0),
     "clip_grad_norm": Limit(1.0, low=0),
+    "initial_loss_scale": Limit(2**16, low=1, high=2**32),  # Colossal-AI's scalers grow no further
     "timeout": Limit(600, above=0),
 }
 
@@ -418,6 +419,11 @@ def _kernels(job: Job) -> Iterator[str]:
         yield "--sequence_parallel on needs tensor parallelism: use --tp_degree 2, or leave it out"
     if config.check_parity and config.dropout > 0:
         yield "--check_parity needs a run without chance: use --dropout 0, or leave it out"
+    if config.precision != "fp16" and _was_chosen(job, "initial_loss_scale"):
+        yield (
+            f"--initial_loss_scale is read in fp16 only, this is {config.precision}: leave it out, or use --precision"
+            " fp16"
+        )
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:

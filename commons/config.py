@@ -151,6 +151,11 @@ class OptimizerFlags:
     precision: Literal["bf16", "fp16", "fp32"] = _flag(
         "bf16", "of compute; master weights are fp32 always, fp16 has a dynamic loss scale"
     )
+    initial_loss_scale: float = _flag(
+        2.0**16,
+        "fp16: factor of the loss in the first step; where gradients overflow, all ranks skip the step and it is halved",
+        "FACTOR",
+    )
 
 
 @dataclass(frozen=True)

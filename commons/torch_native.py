@@ -19,8 +19,6 @@ from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
 
-INITIAL_LOSS_SCALE = 2.0**16
-
 
 class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
@@ -31,7 +29,7 @@ class TorchTrainable:
         self._autocast_dtype = compute_dtype(config.precision) if autocast and config.precision != "fp32" else None
         self._device_type = device.type
         fp16 = config.precision == "fp16"
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=fp16)
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=config.initial_loss_scale, enabled=fp16)
 
     @property
     def param_groups(self) -> list[dict]:

@@ -71,6 +71,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         **placement,
         precision=config.precision,
         max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
         max_prefetch=config.max_prefetch,
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
@@ -98,7 +99,10 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
     from colossalai.booster.plugin import LowLevelZeroPlugin
 
     plugin = LowLevelZeroPlugin(
-        stage=stage, precision=config.precision, max_norm=config.clip_grad_norm, initial_scale=2**16
+        stage=stage,
+        precision=config.precision,
+        max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
     )
     model = new_model(config, device, lazy=False)
     if wants_compile(config, device.type):
