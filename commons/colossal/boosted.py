@@ -51,10 +51,16 @@ class BoostedTrainable:
 
     def _loss_scale(self) -> float:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
+        scaler = self.loss_scaler()
+        return 1.0 if scaler is None else scaler.scale.item()
+
+    def loss_scaler(self) -> Any:
+        """Colossal-AI's DynamicGradScaler, which each of its optimizers has under a name of its own; None but for
+        fp16.
+        """
         names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
         mixins = (getattr(self.optimizer, name, None) for name in names)
-        scaler = next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
-        return 1.0 if scaler is None else scaler.scale.item()
+        return next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
