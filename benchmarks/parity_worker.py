@@ -77,6 +77,8 @@ class Worker:
         leak = None if config.max_prefetch else leak_from_last_token(session)
         spread = _spread(self.here, [[record.grad_norm or 0.0 for record in records]])
         found: dict[str, Any] = {"leak": leak, "norm_spread": spread, "replica_difference": replica_difference(session)}
+        if session.plan.placement:
+            found |= offloaded_share(session)
         try:
             weights = gathered_weights(session, self.scratch)
         except AssertionError as error:  # of upstream's, unmended; on all ranks alike
@@ -235,6 +237,15 @@ def _held(session: Session) -> dict[tuple, torch.Tensor]:
         (name, at.pipeline, at.tensor if split(parameter) else None): parameter
         for name, parameter in trainable.model.named_parameters()
     }
+
+
+def offloaded_share(session: Session) -> dict[str, float]:
+    """Of the bytes of Gemini's master weights, the share that is on the host, and the largest chunk's."""
+    trainable: Any = session.trainable
+    masters = [chunk.paired_chunk for chunk in trainable.optimizer.chunk16_set]
+    total = sum(chunk.chunk_mem for chunk in masters)
+    away = sum(chunk.chunk_mem for chunk in masters if chunk.device_type == "cpu")
+    return {"offloaded": away / total, "largest_chunk": max(chunk.chunk_mem for chunk in masters) / total}
 
 
 def _tells_parts() -> Callable[[torch.Tensor], bool]:
