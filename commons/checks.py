@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after the run
+USUAL_HEAD_DIM = 64  # of GPT-2 in all sizes
 MAX_GPU_HEAD_DIM = 256  # of torch's flash kernel
 DOCTOR = "bash run_gemini.sh --doctor"
 
@@ -224,7 +225,12 @@ def _heads(job: Job) -> Iterator[str]:
     if shape.hidden % shape.heads == 0 and shape.heads % tp == 0:
         return
     counts = working_head_counts(shape, tp)
-    way_out = f"use --num_heads {_either(counts)}" if counts else "choose a --hidden_size with more divisors"
+    if counts:
+        way_out = f"use --num_heads {_either(counts)}"
+    else:
+        unit = USUAL_HEAD_DIM * tp
+        hidden = max(1, round(shape.hidden / unit)) * unit
+        way_out = f"use --hidden_size {hidden} --num_heads {hidden // USUAL_HEAD_DIM}"
     if shape.hidden % shape.heads:
         yield (
             f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
@@ -385,10 +391,12 @@ def _layout(job: Job) -> Iterator[str]:
     pp = job.config.pp_degree if plan is None or plan.pipeline else 1
     if job.world_size % (tp * pp):
         fits = -(-job.world_size // (tp * pp)) * tp * pp
+        lower = [(t, p) for t in _divisors(tp) for p in _divisors(pp) if job.world_size % (t * p) == 0]
+        best_tp, best_pp = max(lower, key=lambda degrees: degrees[0] * degrees[1])
         yield (
             f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and"
             f" {_count(job.world_size, 'rank')} cannot be shared out so: start {fits} ranks (GPUNUM={fits}"
-            " on one machine), or lower a degree"
+            f" on one machine), or use --tp_degree {best_tp} --pp_degree {best_pp}"
         )
 
 
