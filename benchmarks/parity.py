@@ -153,7 +153,9 @@ def case_table(outcomes: Iterable[Outcome]) -> str:
         measured = [outcome.claims[name] for name in COLUMNS]
         cells = [cell for claim in measured for cell in (f"{claim.value:.1e}", f"{claim.bound:.2g}")]
         skipped = str(len(outcome.found["skipped"]) or "")
-        rows.append([str(outcome.ranks), flags, *cells, skipped, "yes" if outcome.holds else f"**no**: {broken(outcome)}"])
+        rows.append(
+            [str(outcome.ranks), flags, *cells, skipped, "yes" if outcome.holds else f"**no**: {broken(outcome)}"]
+        )
     return _markdown(rows)
 
 

@@ -11,9 +11,7 @@ from commons.parity import BOUNDS
 
 # Steps are few, so that rounding cannot grow; the learning rate is high, so that a wrong update shows. Batch and
 # sequence are a CPU's on a GPU too.
-COMMON = (
-    "--model_type gpt2_tiny --batch_size 4 --seq_len 64 --train_step 5 --warmup_step 1 --lr 1e-3 --run_name unused"
-)
+COMMON = "--model_type gpt2_tiny --batch_size 4 --seq_len 64 --train_step 5 --warmup_step 1 --lr 1e-3 --run_name unused"
 
 # with this epsilon Adam's update grows with the gradient, so that clipping shows in the weights too
 CLIPPED = "--clip_grad_norm 0.3 --adam_eps 1e-3"

@@ -18,6 +18,7 @@ import math
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,7 +350,8 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             except (Exception, SystemExit) as error:
                 if not go_on:
                     raise
-                found = {"error": f"{type(error).__name__}: {error}"}
+                last = traceback.extract_tb(error.__traceback__)[-1].name
+                found = {"error": f"{type(error).__name__} in {last}: {error}"}
             if here.rank == 0:
                 with Path(job.results).open("a") as results:
                     results.write(json.dumps(found) + "\n")

@@ -60,7 +60,9 @@ class Attempt:
     flags: tuple[tuple[str, str], ...]
 
     def problems(self) -> list[str]:
-        config = TrainConfig(**{name: read_value(name, value, HINTS[name]) for name, value in self.flags}).resolve("cpu")
+        config = TrainConfig(**{name: read_value(name, value, HINTS[name]) for name, value in self.flags}).resolve(
+            "cpu"
+        )
         return problems(config, self.ranks, "cpu", 0, PLANS.get(config.distplan))
 
     def with_changes(self, changes: dict[str, str | None]) -> Attempt:
@@ -101,7 +103,10 @@ def ways_out(problem: str) -> Iterator[dict[str, str | None]]:
         ("--a 1 is x: use --a 2, 3 or 4, or --b 5", [{"a": "2"}, {"a": "3"}, {"a": "4"}, {"b": "5"}]),
         ("--a 1 is x: leave it out, or use --b on", [{"a": None}, {"b": "on"}]),
         ("--a 9 is x: use --a 8 or less", [{"a": "8"}]),
-        ("--a 1 is x: start 8 ranks (GPUNUM=8 on one machine), or use --b 1 --c 2", [{"GPUNUM": "8"}, {"b": "1", "c": "2"}]),
+        (
+            "--a 1 is x: start 8 ranks (GPUNUM=8 on one machine), or use --b 1 --c 2",
+            [{"GPUNUM": "8"}, {"b": "1", "c": "2"}],
+        ),
     ],
 )
 def test_ways_out_are_read_as_a_person_would(text: str, expected: list[dict]) -> None:
