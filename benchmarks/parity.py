@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.parity_cases import CASES, COMMON, Case, Claim, claims, skips_as_it_must
+from benchmarks.parity_cases import CASES, COMMON, Case, Claim, claims, skips_as_it_must, why_not
 from commons.environment import SUITE_ROOT, describe_environment
 
 START_SECONDS = 120  # of the ranks, with everything imported
@@ -77,24 +77,30 @@ def run_cases(
     while len(results) < len(cases):
         rest = cases[len(results) :]
         report = folder / f"results{len(results)}.jsonl"
-        report.touch()
         job = {"device": device_type, "flags": flags, "cases": [asdict(case) for case in rest]}
         job_path = report.with_suffix(".job.json")
         job_path.write_text(json.dumps({**job, "results": str(report), "keep": list(keep)}))
-        found: list[dict] = []
-        problem = ""
-        for problem in _torchrun(ranks, [*worker, str(job_path)], report):
-            lines = report.read_text().splitlines(keepends=True)[len(found) :]
-            new = [json.loads(line) for line in lines if line.endswith("\n")]
-            for case, one in zip(rest[len(found) :], new, strict=False):
-                tell(case, one)
-            found += new
-        if problem:
-            found = found if len(found) < len(rest) else found[:-1]  # something went wrong after the last case
-            found.append({"error": problem})
-            tell(rest[len(found) - 1], found[-1])
-        results += found
+        for case, found in zip(rest, _findings(ranks, [*worker, str(job_path)], report, len(rest)), strict=False):
+            tell(case, found)
+            results.append(found)
     return results
+
+
+def _findings(ranks: int, script: Sequence[str], report: Path, count: int) -> Iterator[dict]:
+    """What the ranks report of each of ``count`` cases, as it comes; in the place of a missing one what went
+    wrong, and nothing after it.
+    """
+    report.touch()
+    told, problem = 0, ""
+    for problem in _torchrun(ranks, script, report):  # noqa: B007  (the last one counts)
+        for line in report.read_text().splitlines(keepends=True)[told:]:
+            if line.endswith("\n"):
+                told += 1
+                yield json.loads(line)
+    if told < count:
+        yield {"error": problem or "the ranks ended without a result"}
+    elif problem:
+        raise RuntimeError(f"all {count} cases on {ranks} ranks are done, but their end went wrong:\n{problem}")
 
 
 def _torchrun(ranks: int, script: Sequence[str], report: Path) -> Iterator[str]:
@@ -153,9 +159,8 @@ def case_table(outcomes: Iterable[Outcome]) -> str:
         measured = [outcome.claims[name] for name in COLUMNS]
         cells = [cell for claim in measured for cell in (f"{claim.value:.1e}", f"{claim.bound:.2g}")]
         skipped = str(len(outcome.found["skipped"]) or "")
-        rows.append(
-            [str(outcome.ranks), flags, *cells, skipped, "yes" if outcome.holds else f"**no**: {broken(outcome)}"]
-        )
+        verdict = "yes" if outcome.holds else f"**no**: {broken(outcome)}"
+        rows.append([str(outcome.ranks), flags, *cells, skipped, verdict])
     return _markdown(rows)
 
 
@@ -239,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = describe_environment(None)
     outcomes: list[Outcome] = []
     for ranks in possible:
-        cases = [case for case in CASES[ranks] if arguments.only in str(case)]
+        chosen = [case for case in CASES[ranks] if arguments.only in str(case)]
+        cases = [case for case in chosen if why_not(case, device_type) is None]
+        for reason in dict.fromkeys(why_not(case, device_type) for case in chosen if case not in cases):
+            print(f"left out: {reason}", flush=True)
 
         def tell(case: Case, found: dict, ranks: int = ranks) -> None:
             outcomes.append(Outcome(ranks, case, found, device_type))

@@ -5,9 +5,13 @@ The one list behind ``python -m benchmarks.parity`` and tests/test_splitting.py.
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 
+from packaging.version import Version
+
 from commons.parity import BOUNDS
+from commons.plans import PLANS
 
 # Steps are few, so that rounding cannot grow; the learning rate is high, so that a wrong update shows. Batch and
 # sequence are a CPU's on a GPU too.
@@ -20,6 +24,8 @@ INTERLEAVED = "--num_model_chunks 2 --num_microbatches 4"
 FRACTIONS = "--shard_param_frac 0.5 --offload_optim_frac 0.3"
 # gradients of gpt2_tiny overflow fp16 for some steps, until the scale has come down
 OVERFLOWS = "--precision fp16 --initial_loss_scale 1048576 --train_step 8"
+# low enough to be doubled every step, and Adam's update grows with the gradient
+GROWING = "--precision fp16 --initial_loss_scale 1024 --adam_eps 1e-3"
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,7 @@ def _poisoned(rank: int, *flags: str) -> list[Case]:
 
 
 def _growing(*flags: str) -> list[Case]:
-    settings = "--precision fp16 --initial_loss_scale 1024 --adam_eps 1e-3"
-    return [Case(f"--distplan {each} {settings}", scale_grows=True) for each in flags]
+    return [Case(f"--distplan {each} {GROWING}", scale_grows=True) for each in flags]
 
 
 def _every_precision(*plans: str) -> list[Case]:
@@ -194,6 +199,16 @@ CASES: dict[int, list[Case]] = {
         *_poisoned(1, "CAI_Hybrid --pp_degree 2 --zero_stage 1"),
     ],
 }
+
+
+def why_not(case: Case, device_type: str) -> str | None:
+    """What keeps this machine's torch from running a case, if anything does."""
+    oldest = PLANS[case.plan].cpu_torch
+    installed = importlib.metadata.version("torch")
+    if device_type == "cpu" and oldest is not None and Version(installed) < Version(oldest):
+        return f"{case.plan} runs on a CPU with torch {oldest} or newer, this is {installed}"
+    return None
+
 
 # Distance of a tensor from the reference's after training over the way that the reference's went, beyond the
 # rounding of the checkpoint. Adam divides by the gradient's size, so a gradient that is mostly rounding moves its

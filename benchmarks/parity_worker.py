@@ -355,8 +355,9 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             if here.rank == 0:
                 with Path(job.results).open("a") as results:
                     results.write(json.dumps(found) + "\n")
+            here.synchronize()
+            dist.barrier()  # nobody takes its process groups down while another one still uses them
             _forget()
-        dist.barrier()
     device.teardown()
 
 
@@ -368,4 +369,4 @@ def _forget() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

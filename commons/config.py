@@ -153,7 +153,7 @@ class OptimizerFlags:
     )
     initial_loss_scale: float = _flag(
         2.0**16,
-        "fp16: factor of the loss in the first step; where gradients overflow, all ranks skip the step and it is halved",
+        "fp16: factor of the loss at first; a step whose gradients overflow is skipped on all ranks, and it is halved",
         "FACTOR",
     )
 

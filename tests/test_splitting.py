@@ -18,12 +18,13 @@ from suite_runs import run_processes
 from benchmarks.parity import Outcome, broken, run_cases
 from benchmarks.parity_cases import (
     CASES,
-    POISONED_STEP,
+    GROWING,
     SAME_ON_TWO_COPIES,
     WEIGHT_BOUNDS,
     Case,
     claims,
     skips_as_it_must,
+    why_not,
 )
 from commons.config import FRACTIONS, PLACEMENTS
 from commons.plans import PLANS
@@ -63,9 +64,7 @@ FAULTS: dict[str, dict[Case, Callable[[dict], bool]]] = {
         ),
         # FP16MixedPrecisionMixin.should_skip_step: divided by the scale of the step to come
         **{
-            Case(
-                f"{plan} --precision fp16 --initial_loss_scale 1024 --adam_eps 1e-3", scale_grows=True
-            ): lambda found: max(found["weights"].values()) > 1.5 * WEIGHT_BOUNDS["fp16"]
+            Case(f"{plan} {GROWING}", scale_grows=True): lambda found: max(found["weights"].values()) > 0.4
             for plan in ("--distplan CAI_Gemini", f"{HYBRID} --tp_degree 2", "--distplan CAI_ZeRO1")
         },
     },
@@ -88,14 +87,14 @@ FAULTS: dict[str, dict[Case, Callable[[dict], bool]]] = {
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory):
-    """(device, ranks, case) -> what the worker measured; the ranks are started when first asked for."""
+    """(device, ranks) -> what the worker measured of each case, and its folder; started when first asked for."""
 
     @functools.cache
     def run(device: str, ranks: int) -> tuple[dict[Case, dict], Path]:
         if device == "cuda" and ranks > torch.cuda.device_count():
             pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
         folder = tmp_path_factory.mktemp(f"{device}{ranks}")
-        cases = CASES[ranks]
+        cases = [case for case in CASES[ranks] if why_not(case, device) is None]
         return dict(zip(cases, run_cases(ranks, cases, device, folder, keep=KEPT.get(ranks, ())), strict=True)), folder
 
     return run
@@ -117,24 +116,23 @@ def faulty(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("device", DEVICES)
 def test_it_is_the_reference_s_model(measured, device: str, ranks: int, case: Case) -> None:
     """Losses, gradient norms, every tensor after training, causality, agreement of the ranks, skipped steps."""
+    if why_not(case, device):
+        pytest.skip(str(why_not(case, device)))
     found = measured(device, ranks)[0][case]
     assert "error" not in found, found["error"]
     assert "saving_error" not in found and found["missing"] == []
     assert skips_as_it_must(case, found["skipped"]), found["skipped"]
     told = {name: (claim.value, claim.bound) for name, claim in claims(case, found, device).items()}
     assert Outcome(ranks, case, found, device).holds, (broken(Outcome(ranks, case, found, device)), told)
-    far = {
-        name: distance for name, distance in found["weights"].items() if not distance <= WEIGHT_BOUNDS[case.precision]
-    }
-    assert far == {}
+    bound = WEIGHT_BOUNDS[case.precision]
+    assert {name: distance for name, distance in found["weights"].items() if not distance <= bound} == {}
 
 
 def test_only_prefetch_keeps_a_case_from_the_test_of_causality(measured) -> None:
     """Colossal-AI cannot run two inferences with max_prefetch."""
-    for ranks, cases in CASES.items():
-        for case in cases:
-            asked = measured("cpu", ranks)[0][case]["leak"] is not None
-            assert asked == ("--max_prefetch" not in case.flags), case
+    for ranks in CASES:
+        for case, found in measured("cpu", ranks)[0].items():
+            assert (found["leak"] is None) == ("--max_prefetch" in case.flags), case
 
 
 def test_every_placement_runs_on_every_number_of_ranks_and_with_everything() -> None:
@@ -161,9 +159,8 @@ def test_offloaded_fractions_are_of_bytes(measured, ranks: int) -> None:
             continue
         wanted = float(case.flag("offload_optim_frac", str(PLACEMENTS[placement][1])))
         found = measured("cpu", ranks)[0][case]
-        assert (
-            found["offloaded"] <= wanted < found["offloaded"] + found["largest_chunk"] or wanted == found["offloaded"]
-        )
+        offloaded = found["offloaded"]
+        assert offloaded == wanted or offloaded < wanted < offloaded + found["largest_chunk"], case
 
 
 ACCUMULATED = [
@@ -178,6 +175,8 @@ def test_accumulating_four_batches_is_a_batch_four_times_as_large(
     measured, ranks: int, accumulated: Case, whole: Case
 ) -> None:
     """Both draw the same tokens: a stream of 4 x 1 sequences is one of 4."""
+    if why_not(whole, "cpu"):
+        pytest.skip(str(why_not(whole, "cpu")))
     results = measured("cpu", ranks)[0]
     tolerance = 1e-6 if whole.precision == "fp32" else 2e-5
     assert results[accumulated]["losses"] == pytest.approx(results[whole]["losses"], rel=tolerance)
@@ -191,9 +190,9 @@ def test_clipping_is_the_same_under_every_plan(measured) -> None:
     runs, weights = {}, {}
     for ranks, cases in SAME_ON_TWO_COPIES.items():
         results, folder = measured("cpu", ranks)
-        for case in cases:
+        for case in (case for case in cases if case in results):
             runs[case] = results[case]
-            weights[case] = torch.load(folder / f"{CASES[ranks].index(case)}.pt")
+            weights[case] = torch.load(folder / f"{list(results).index(case)}.pt")
     first, *others = runs
     for case in others:
         assert runs[case]["losses"] == pytest.approx(runs[first]["losses"], rel=1e-6), case
