@@ -139,7 +139,7 @@ def problems(
         value = getattr(config, name)
         problem = None if value is None else _number_problem(name, value, limit)
         if problem:
-            found.append(problem)
+            found.append(_means_nothing(plan, name, value) or problem)
             wrong[name] = DEFAULTS[name]
     # what depends on a number out of its range is judged with the default in its place: no division by zero
     config = dataclasses.replace(config, **wrong).resolve(device_type)
@@ -236,7 +236,7 @@ def _heads(job: Job) -> Iterator[str]:
             f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
         )
     else:
-        degrees = _either(_divisors(shape.heads)[:6])
+        degrees = _either(_tensor_degrees(shape))
         yield (
             f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {job.config.model_type}:"
             f" {way_out}, or --tp_degree {degrees}"
@@ -267,8 +267,16 @@ def _widths(job: Job) -> Iterator[str]:
     widths = {"hidden size (--hidden_size)": shape.hidden, "padded vocabulary": shape.padded_vocab}
     for what, width in widths.items():
         if width % tp:
-            degrees = [d for d in _divisors(math.gcd(*widths.values(), shape.heads)) if d <= 64]
-            yield (f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}")
+            yield (
+                f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree"
+                f" {_either(_tensor_degrees(shape))}"
+            )
+
+
+def _tensor_degrees(shape: ModelShape) -> list[int]:
+    """Every --tp_degree that divides all that it has to."""
+    heads = shape.heads if shape.hidden % shape.heads == 0 else shape.hidden
+    return _divisors(math.gcd(shape.hidden, shape.padded_vocab, heads))
 
 
 def _pipeline(job: Job) -> Iterator[str]:
@@ -320,21 +328,27 @@ ABILITIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def _means_nothing(plan: Plan | None, name: str, value: Any) -> str | None:
+    """The problem with a setting that ``plan`` does not have, None if it has it."""
+    from commons.plans import PLANS
+
+    ability = next((ability for ability, names in ABILITIES.items() if name in names), None)
+    if plan is None or ability is None or getattr(plan, ability):
+        return None
+    able = [other.name for other in PLANS.values() if getattr(other, ability)]
+    return f"--{name} {_shown(value)} means nothing to {plan.name}: leave it out, or use --distplan {_either(able)}"
+
+
 def _abilities(job: Job) -> Iterator[str]:
     """Settings that the plan does not have, where they differ from what they are when nobody gives them."""
     from commons.plans import PLANS
 
     if job.plan is None:
         return
-    for ability, names in ABILITIES.items():
-        if getattr(job.plan, ability):
-            continue
-        able = [plan.name for plan in PLANS.values() if getattr(plan, ability)]
-        other_plans = f", or use --distplan {_either(able)}" if able else ""
-        for name in names:
-            if _was_chosen(job, name):
-                value = _shown(getattr(job.config, name))
-                yield f"--{name} {value} means nothing to {job.plan.name}: leave it out{other_plans}"
+    for name in (name for names in ABILITIES.values() for name in names):
+        problem = _means_nothing(job.plan, name, getattr(job.config, name))
+        if problem and _was_chosen(job, name):
+            yield problem
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
         yield (
@@ -391,7 +405,8 @@ def _layout(job: Job) -> Iterator[str]:
     pp = job.config.pp_degree if plan is None or plan.pipeline else 1
     if job.world_size % (tp * pp):
         fits = -(-job.world_size // (tp * pp)) * tp * pp
-        lower = [(t, p) for t in _divisors(tp) for p in _divisors(pp) if job.world_size % (t * p) == 0]
+        fitting = _divisors(tp) if job.shape is None else set(_tensor_degrees(job.shape)) & set(_divisors(tp))
+        lower = [(t, p) for t in fitting for p in _divisors(pp) if job.world_size % (t * p) == 0]
         best_tp, best_pp = max(lower, key=lambda degrees: degrees[0] * degrees[1])
         yield (
             f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and"

@@ -48,7 +48,7 @@ DRAWN: dict[str, list[str | None]] = {
     "grad_accum": [None, None, None, "4", "0"],
 }
 RANKS = range(1, 9)
-DRAWS = 400
+DRAWS = 250
 MOST_STEPS = 30  # more problems than any of these configurations has
 
 
@@ -73,7 +73,8 @@ class Attempt:
 
 
 def draw(random_numbers: random.Random) -> Attempt:
-    drawn = {name: random_numbers.choice(values) for name, values in DRAWN.items()}
+    share = random_numbers.choice((0.2, 1.0))  # of the flags: few make few mistakes
+    drawn = {name: random_numbers.choice(values) for name, values in DRAWN.items() if random_numbers.random() < share}
     return Attempt(random_numbers.choice(RANKS), ()).with_changes(drawn)
 
 
@@ -119,7 +120,7 @@ def kind(problem: str) -> str:
 
 
 def test_every_way_out_of_a_problem_ends_it() -> None:
-    numbers, tried, kinds = random.Random(0), 0, set()
+    numbers, tried, alone, kinds = random.Random(0), 0, 0, set()
     for _ in range(DRAWS):
         attempt = draw(numbers)
         told = attempt.problems()
@@ -130,11 +131,12 @@ def test_every_way_out_of_a_problem_ends_it() -> None:
             for changes in ways:
                 after = attempt.with_changes(changes).problems()
                 assert kind(problem) not in map(kind, after), (attempt, problem, changes, after)
-                # another plan may lack something else that was asked for; what is named first may not
-                if len(told) == 1 and changes is ways[0]:
+                # another plan or placement may lack something else that was asked for
+                if len(told) == 1 and not {"distplan", "placement"} & set(changes):
                     assert after == [], (attempt, problem, changes)
+                    alone += 1
                 tried += 1
-    assert tried > 5 * DRAWS and len(kinds) > 40
+    assert tried > 5 * DRAWS and alone > DRAWS / 10 and len(kinds) > 40
 
 
 def test_following_the_first_advice_again_and_again_ends_in_a_run() -> None:
