@@ -201,8 +201,9 @@ def write(out: Path, outcomes: list[Outcome], command: str, environment: dict) -
             "ranks": outcome.ranks,
             **asdict(outcome.case),
             "holds": outcome.holds,
-            "bounds": {} if "error" in outcome.found else {n: c.bound for n, c in outcome.claims.items()},
+            **({} if "error" in outcome.found else {"bounds": {n: c.bound for n, c in outcome.claims.items()}}),
             **outcome.found,
+            **_worst_tensor(outcome.found),
         }
         for outcome in outcomes
     ]
@@ -220,6 +221,14 @@ def write(out: Path, outcomes: list[Outcome], command: str, environment: dict) -
     ]
     text = "\n\n".join([*head, plan_table(outcomes), case_table(outcomes)])
     out.with_suffix(".md").write_text(text)
+
+
+def _worst_tensor(found: dict) -> dict:
+    """In the place of every tensor's distance the largest, and whose it is."""
+    if "weights" not in found:
+        return {}
+    name = max(found["weights"], key=found["weights"].__getitem__)
+    return {"weights": found["weights"][name], "worst_tensor": name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
