@@ -7,18 +7,20 @@ cases (benchmarks/parity_worker.py); the tests look at what it measured.
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from suite_runs import run_processes
+from suite_runs import launch, run_processes
 
 from benchmarks.parity import Outcome, broken, run_cases
 from benchmarks.parity_cases import (
     CASES,
     GROWING,
+    OVERFLOWS,
     SAME_ON_TWO_COPIES,
     WEIGHT_BOUNDS,
     Case,
@@ -163,6 +165,18 @@ def test_offloaded_fractions_are_of_bytes(measured, ranks: int) -> None:
         assert offloaded == wanted or offloaded < wanted < offloaded + found["largest_chunk"], case
 
 
+def test_a_user_sees_the_steps_that_an_overflow_costs(tmp_path: Path) -> None:
+    """Through the launcher, split by tensor parallelism: counted, told, and the run goes on as the reference does."""
+    flags = [*f"{HYBRID} --tp_degree 2 {OVERFLOWS} --warmup_step 1 --check_parity true".split(), "--device", "cpu"]
+    run = launch(tmp_path, *flags, ranks=2)
+    assert run.returncode == 0, run.console
+    skipped = [record["skipped_steps"] for record in run.records]
+    assert skipped[0] == 1 and skipped == sorted(skipped) and skipped[-1] < len(skipped)
+    assert run.file("summary.json")["skipped_steps"] == skipped[-1]
+    assert f"skipped for overflow        {skipped[-1]} steps" in run.console and run.console.count("overflow") > 1
+    assert run.file("parity.json")["holds"] is True
+
+
 ACCUMULATED = [
     pytest.param(2, case, Case(case.flags.replace(" --grad_accum 4 --batch_size 1", "")), id=case.plan)
     for case in CASES[2]
@@ -216,6 +230,24 @@ def test_a_case_that_fails_costs_no_other_its_result(tmp_path: Path) -> None:
     assert "--tp_degree 2 means nothing to Pytorch_DDP" in failed["error"]
     assert Outcome(1, cases[1], good, "cpu").holds and not Outcome(1, cases[0], failed, "cpu").holds
     assert told == [(cases[0], True), (cases[1], False)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "told"), [([], 0, "| yes |"), (["--", "--seq_len", "2000"], 1, "**failed**")]
+)
+def test_the_tool_writes_its_table_and_its_exit_code_is_the_verdict(
+    tmp_path: Path, flags: list[str], exit_code: int, told: str
+) -> None:
+    only = "CAI_Hybrid --precision fp32"
+    arguments = ["--ranks", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path / "table"), *flags]
+    returncode, console = run_processes([sys.executable, "-m", "benchmarks.parity", *arguments])
+    assert returncode == exit_code, console
+    table = (tmp_path / "table.md").read_text()
+    assert f"`{only}`" in table and told in table and "torch " in table.splitlines()[2]
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert [case["flags"] for case in document["cases"]] == [f"--distplan {only}"]
+    assert document["command"].startswith("python -m benchmarks.parity --ranks 1") and document["environment"]["commit"]
+    assert document["cases"][0]["holds"] is (exit_code == 0)
 
 
 def test_every_fix_is_needed_and_mends() -> None:
