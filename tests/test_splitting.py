@@ -240,7 +240,8 @@ def test_the_tool_writes_its_table_and_its_exit_code_is_the_verdict(
 ) -> None:
     only = "CAI_Hybrid --precision fp32"
     arguments = ["--ranks", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path / "table"), *flags]
-    returncode, console = run_processes([sys.executable, "-m", "benchmarks.parity", *arguments])
+    command = [sys.executable, "-m", "benchmarks.parity", *arguments]
+    returncode, console = run_processes(command, environment={"SUITE_COMMIT": "0123abc"})
     assert returncode == exit_code, console
     table = (tmp_path / "table.md").read_text()
     assert f"`{only}`" in table and told in table and "torch " in table.splitlines()[2]
