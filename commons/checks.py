@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after the run
+USUAL_HEAD_DIM = 64  # of GPT-2 in all sizes
 MAX_GPU_HEAD_DIM = 256  # of torch's flash kernel
 DOCTOR = "bash run_gemini.sh --doctor"
 
@@ -94,6 +95,7 @@ LIMITS: dict[str, Limit] = {
     "adam_eps": Limit(1e-8, above=0),
     "clip_grad_norm": Limit(1.0, low=0),
     "trace_step": Limit(5, low=0),
+    "initial_loss_scale": Limit(2**16, low=1, high=2**32),  # Colossal-AI's scalers grow no further
     "timeout": Limit(600, above=0),
     "max_restarts": Limit(1, low=0),
 }
@@ -140,7 +142,7 @@ def problems(
         value = getattr(config, name)
         problem = None if value is None else _number_problem(name, value, limit)
         if problem:
-            found.append(problem)
+            found.append(_means_nothing(plan, name, value) or problem)
             wrong[name] = DEFAULTS[name]
     # what depends on a number out of its range is judged with the default in its place: no division by zero
     config = dataclasses.replace(config, **wrong).resolve(device_type)
@@ -231,13 +233,18 @@ def _heads(job: Job) -> Iterator[str]:
     if shape.hidden % shape.heads == 0 and shape.heads % tp == 0:
         return
     counts = working_head_counts(shape, tp)
-    way_out = f"use --num_heads {_either(counts)}" if counts else "choose a --hidden_size with more divisors"
+    if counts:
+        way_out = f"use --num_heads {_either(counts)}"
+    else:
+        unit = USUAL_HEAD_DIM * tp
+        hidden = max(1, round(shape.hidden / unit)) * unit
+        way_out = f"use --hidden_size {hidden} --num_heads {hidden // USUAL_HEAD_DIM}"
     if shape.hidden % shape.heads:
         yield (
             f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
         )
     else:
-        degrees = _either(_divisors(shape.heads)[:6])
+        degrees = _either(_tensor_degrees(shape))
         yield (
             f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {job.config.model_type}:"
             f" {way_out}, or --tp_degree {degrees}"
@@ -268,8 +275,16 @@ def _widths(job: Job) -> Iterator[str]:
     widths = {"hidden size (--hidden_size)": shape.hidden, "padded vocabulary": shape.padded_vocab}
     for what, width in widths.items():
         if width % tp:
-            degrees = [d for d in _divisors(math.gcd(*widths.values(), shape.heads)) if d <= 64]
-            yield (f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {_either(degrees)}")
+            yield (
+                f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree"
+                f" {_either(_tensor_degrees(shape))}"
+            )
+
+
+def _tensor_degrees(shape: ModelShape) -> list[int]:
+    """Every --tp_degree that divides all that it has to."""
+    heads = shape.heads if shape.hidden % shape.heads == 0 else shape.hidden
+    return _divisors(math.gcd(shape.hidden, shape.padded_vocab, heads))
 
 
 def _pipeline(job: Job) -> Iterator[str]:
@@ -321,21 +336,27 @@ ABILITIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def _means_nothing(plan: Plan | None, name: str, value: Any) -> str | None:
+    """The problem with a setting that ``plan`` does not have, None if it has it."""
+    from commons.plans import PLANS
+
+    ability = next((ability for ability, names in ABILITIES.items() if name in names), None)
+    if plan is None or ability is None or getattr(plan, ability):
+        return None
+    able = [other.name for other in PLANS.values() if getattr(other, ability)]
+    return f"--{name} {_shown(value)} means nothing to {plan.name}: leave it out, or use --distplan {_either(able)}"
+
+
 def _abilities(job: Job) -> Iterator[str]:
     """Settings that the plan does not have, where they differ from what they are when nobody gives them."""
     from commons.plans import PLANS
 
     if job.plan is None:
         return
-    for ability, names in ABILITIES.items():
-        if getattr(job.plan, ability):
-            continue
-        able = [plan.name for plan in PLANS.values() if getattr(plan, ability)]
-        other_plans = f", or use --distplan {_either(able)}" if able else ""
-        for name in names:
-            if _was_chosen(job, name):
-                value = _shown(getattr(job.config, name))
-                yield f"--{name} {value} means nothing to {job.plan.name}: leave it out{other_plans}"
+    for name in (name for names in ABILITIES.values() for name in names):
+        problem = _means_nothing(job.plan, name, getattr(job.config, name))
+        if problem and _was_chosen(job, name):
+            yield problem
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
         yield (
@@ -392,10 +413,13 @@ def _layout(job: Job) -> Iterator[str]:
     pp = job.config.pp_degree if plan is None or plan.pipeline else 1
     if job.world_size % (tp * pp):
         fits = -(-job.world_size // (tp * pp)) * tp * pp
+        fitting = _divisors(tp) if job.shape is None else set(_tensor_degrees(job.shape)) & set(_divisors(tp))
+        lower = [(t, p) for t in fitting for p in _divisors(pp) if job.world_size % (t * p) == 0]
+        best_tp, best_pp = max(lower, key=lambda degrees: degrees[0] * degrees[1])
         yield (
             f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and"
             f" {_count(job.world_size, 'rank')} cannot be shared out so: start {fits} ranks (GPUNUM={fits}"
-            " on one machine), or lower a degree"
+            f" on one machine), or use --tp_degree {best_tp} --pp_degree {best_pp}"
         )
 
 
@@ -426,6 +450,11 @@ def _kernels(job: Job) -> Iterator[str]:
         yield "--sequence_parallel on needs tensor parallelism: use --tp_degree 2, or leave it out"
     if config.check_parity and config.dropout > 0:
         yield "--check_parity needs a run without chance: use --dropout 0, or leave it out"
+    if config.precision != "fp16" and _was_chosen(job, "initial_loss_scale"):
+        yield (
+            f"--initial_loss_scale is read in fp16 only, this is {config.precision}: leave it out, or use --precision"
+            " fp16"
+        )
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:

@@ -156,6 +156,11 @@ class OptimizerFlags:
         "of compute; master weights are fp32 always, fp16 has a dynamic loss scale. fp8: as bf16, but with the matrix"
         " products of the blocks in fp8, for GPUs that have it (RTX 40, L40S, H100 and newer)",
     )
+    initial_loss_scale: float = _flag(
+        2.0**16,
+        "fp16: factor of the loss at first; a step whose gradients overflow is skipped on all ranks, and it is halved",
+        "FACTOR",
+    )
 
 
 @dataclass(frozen=True)

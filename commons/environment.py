@@ -62,7 +62,7 @@ def describe_environment(
         "command": lambda: typed(sys.orig_argv if argv is None else argv),
         "launcher": lambda: _launcher_command(environ),
         "environment": lambda: relevant_variables(environ),
-        "commit": lambda: git_state(repository)[0],
+        "commit": lambda: git_state(repository)[0] or stated_commit(environ),
         "uncommitted_changes": lambda: git_state(repository)[1],
         "python": platform.python_version,
         "platform": platform.platform,
@@ -106,6 +106,15 @@ def git_state(repository: Path) -> tuple[str | None, bool | None]:
         return None, None
     changes = _output_of(["git", "-C", str(repository), "status", "--porcelain", "--untracked-files=no"])
     return commit, None if changes is None else bool(changes)
+
+
+def stated_commit(environ: Mapping[str, str]) -> str | None:
+    """What SUITE_COMMIT says, for a copy of the suite without its git folder (a container, another machine).
+
+    Only what looks like a commit counts, and a checkout knows better than a variable.
+    """
+    stated = environ.get("SUITE_COMMIT", "").strip().lower()
+    return stated if re.fullmatch(r"[0-9a-f]{7,40}", stated) else None
 
 
 def nvidia_driver(proc_file: Path = Path("/proc/driver/nvidia/version")) -> str | None:

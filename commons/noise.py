@@ -56,6 +56,11 @@ KNOWN_WARNINGS = (
         "Colossal-AI's pipeline unpickles messages; the newer spelling does the same",
     ),
     KnownWarning(
+        FutureWarning,
+        r"`broadcast_buffers` is deprecated",
+        "Colossal-AI wraps one copy of the model in torch's DDP; GPT-2 has no buffers that could differ",
+    ),
+    KnownWarning(
         DeprecationWarning,
         r"`TorchScript` support for functional optimizers is deprecated",
         "Colossal-AI imports torch's distributed optimizers; the suite uses none that is compiled so",

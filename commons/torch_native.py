@@ -19,8 +19,6 @@ from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
 
-INITIAL_LOSS_SCALE = 2.0**16
-
 
 class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
@@ -31,7 +29,7 @@ class TorchTrainable:
         self._autocast_dtype = compute_dtype(config.base_precision) if autocast and config.precision != "fp32" else None
         self._device_type = device.type
         fp16 = config.precision == "fp16"
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE, enabled=fp16)
+        self.loss_scaler = torch.amp.GradScaler(device.type, init_scale=config.initial_loss_scale, enabled=fp16)
 
     @property
     def param_groups(self) -> list[dict]:
@@ -48,19 +46,19 @@ class TorchTrainable:
             return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        self.loss_scaler.scale(loss).backward()
 
     def step(self) -> Update:
         norm = None
         if self._clip_grad_norm > 0:
-            self._scaler.unscale_(self.optimizer)
+            self.loss_scaler.unscale_(self.optimizer)
             total = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad_norm)
             norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # pyright: ignore
-        scale = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        scale = self.loss_scaler.get_scale()
+        self.loss_scaler.step(self.optimizer)
+        self.loss_scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler.get_scale() < scale
+        skipped = self.loss_scaler.get_scale() < scale
         return Update(None if skipped else norm, skipped)
 
 

@@ -238,6 +238,7 @@ WRONG = [
     ),
     ({"placement": "auto", "shard_param_frac": 0.5}, "contradicts --placement auto, which has none"),
     ({"warmup_non_model_data_ratio": 0.5}, "is read under --placement auto only"),
+    ({"initial_loss_scale": 1024.0}, "--initial_loss_scale is read in fp16 only, this is bf16: leave it out, or use"),
     ({"attention": "flash", "dropout": 0.1}, "--attention flash has no dropout on a CPU"),
     ({"attention": "flash", "precision": "fp32", "device": "cuda", "gpu_count": 1}, "no fp32 on a GPU"),
     ({"device": "cuda"}, "--device cuda needs a GPU (no GPU seen"),
@@ -266,6 +267,7 @@ RIGHT = [
     {"placement": "cpu", "offload_param_frac": 1.0},
     {"placement": "auto", "warmup_non_model_data_ratio": 0.5},
     {"attention": "flash"},
+    {"precision": "fp16", "initial_loss_scale": 2.0**32},
     {"device": "cuda", "gpu_count": 2, "world_size": 2},
     {
         "clip_grad_norm": 1.0,

@@ -639,6 +639,11 @@ def test_the_commit_is_the_suites_own(tmp_path: Path) -> None:
     assert environment.git_state(tmp_path) == (commit, True)
     (tmp_path / "copy").mkdir()  # a copy of the suite inside somebody's repository
     assert environment.git_state(tmp_path / "copy") == (None, None)
+    stated = {"SUITE_COMMIT": "0123abc"}
+    assert environment.describe_environment(environ=stated, repository=tmp_path)["commit"] == commit
+    assert environment.describe_environment(environ=stated, repository=tmp_path / "copy")["commit"] == "0123abc"
+    for nonsense in ("", "main", "0123"):
+        assert environment.stated_commit({"SUITE_COMMIT": nonsense}) is None
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,16 @@ class BoostedTrainable:
 
     def _loss_scale(self) -> float:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
+        scaler = self.loss_scaler()
+        return 1.0 if scaler is None else scaler.scale.item()
+
+    def loss_scaler(self) -> Any:
+        """Colossal-AI's DynamicGradScaler, which each of its optimizers has under a name of its own; None but for
+        fp16.
+        """
         names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
         mixins = (getattr(self.optimizer, name, None) for name in names)
-        scaler = next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
-        return 1.0 if scaler is None else scaler.scale.item()
+        return next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
@@ -72,6 +78,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         **placement,
         precision=config.base_precision,
         max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
         max_prefetch=config.max_prefetch,
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
@@ -99,7 +106,10 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
     from colossalai.booster.plugin import LowLevelZeroPlugin
 
     plugin = LowLevelZeroPlugin(
-        stage=stage, precision=config.base_precision, max_norm=config.clip_grad_norm, initial_scale=2**16
+        stage=stage,
+        precision=config.base_precision,
+        max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
     )
     model = new_model(config, device, lazy=False)
     if wants_functions(config, device.type):

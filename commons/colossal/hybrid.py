@@ -59,7 +59,7 @@ def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
         zero_stage=config.zero_stage if data_parallel_size > 1 else 0,
         precision=config.precision,
         max_norm=config.clip_grad_norm,
-        initial_scale=2**16,
+        initial_scale=config.initial_loss_scale,
         num_microbatches=config.num_microbatches if config.pp_degree > 1 else None,
         pp_style="interleaved" if interleaved else "1f1b",
         num_model_chunks=config.num_model_chunks,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.amp.naive_amp.mixed_precision_mixin.fp16 import FP16MixedPrecisionMixin
 from colossalai.booster.plugin import hybrid_parallel_plugin
 from colossalai.checkpoint_io.utils import gather_distributed_param
 from colossalai.tensor.d_tensor import api, is_customized_distributed_tensor, is_distributed_tensor
@@ -216,6 +217,70 @@ def _gather_like(param: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return gather_distributed_param(part, keep_vars=False).cpu()
 
 
+# --- Gemini's gradient accumulation after an overflow -------------------------------------------------------
+
+
+def _skipping_is_wrong() -> bool:
+    """Have a step skipped: upstream leaves the next one to add to the gradients that overflowed."""
+    chunk_manager = SimpleNamespace(accumulating_grads=True, reuse_fp16_chunk=False)
+    optimizer: Any = SimpleNamespace(
+        module=SimpleNamespace(master_weights=False, chunk_manager=chunk_manager),
+        mix_precision_mixin=SimpleNamespace(should_skip_step=lambda: True),
+        verbose=False,
+        **dict.fromkeys(("_set_grad_ptr", "_clear_global_norm", "zero_grad", "_update_fp16_params"), lambda: None),
+    )
+    GeminiOptimizer.step(optimizer)
+    return chunk_manager.accumulating_grads
+
+
+def _mend_skipping() -> None:
+    upstream = GeminiOptimizer.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = upstream(self, *args, **kwargs)
+        self.module.chunk_manager.accumulating_grads = False
+        return result
+
+    GeminiOptimizer.step = step
+
+
+# --- The loss scale that gradients carry --------------------------------------------------------------------
+
+
+class _ProbeMixin(FP16MixedPrecisionMixin):
+    def check_local_overflow(self) -> bool:
+        return False
+
+    def check_overflow(self) -> bool:  # without asking other ranks
+        return False
+
+
+def _unscaling_is_wrong() -> bool:
+    """Scale by 2 and double the scale after this step: upstream divides this step's gradients by 4."""
+    mixin = _ProbeMixin(initial_scale=2, growth_interval=1)
+    mixin.pre_backward(torch.ones(()))
+    mixin.should_skip_step()
+    return mixin.get_grad_div_scale() != 2
+
+
+def _mend_unscaling() -> None:
+    should_skip_step, get_grad_div_scale = (
+        FP16MixedPrecisionMixin.should_skip_step,
+        FP16MixedPrecisionMixin.get_grad_div_scale,
+    )
+
+    def remember_and_decide(self: Any) -> bool:
+        self._scale_of_gradients = self.loss_scale
+        return should_skip_step(self)
+
+    def remembered(self: Any) -> float:
+        get_grad_div_scale(self)  # for what else it does
+        return self._scale_of_gradients
+
+    FP16MixedPrecisionMixin.should_skip_step = remember_and_decide
+    FP16MixedPrecisionMixin.get_grad_div_scale = remembered
+
+
 FIXES = (
     Fix(
         "zero/gemini/placement_policy.py",
@@ -247,6 +312,22 @@ FIXES = (
         " behind it the gathered states are dropped and each file would hold one rank's part",
         _saving_is_wrong,
         _mend_saving,
+    ),
+    Fix(
+        "zero/gemini/gemini_optimizer.py",
+        "GeminiOptimizer.step",
+        "with gradient accumulation, fp16 never recovers from an overflow: the skipped step's infinite gradients"
+        " stay, every later one is added to them and skipped too",
+        _skipping_is_wrong,
+        _mend_skipping,
+    ),
+    Fix(
+        "amp/naive_amp/mixed_precision_mixin/fp16.py",
+        "FP16MixedPrecisionMixin.should_skip_step",
+        "the loss scale grows (every 1000 good steps) before the gradients are divided by it: in all plans this"
+        " step's gradients are half of what they should be",
+        _unscaling_is_wrong,
+        _mend_unscaling,
     ),
 )
 
