@@ -264,10 +264,12 @@ def start(launch: Launch, script: Path) -> int:
 
 def _look_for_others(code: int, lifeline: Lifeline, nodes: Nodes) -> int:
     """Say which node was gone before this one failed, or cannot be reached; returns the exit code."""
+    if code > 128 and not lifeline.struck:
+        return code  # by a signal from outside: nobody is to be blamed
     if lifeline.lost is not None:
         line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: its own screen says why."
         print(line, file=sys.stderr, flush=True)
-        return FAILURE if code == 128 + signal.SIGTERM else code  # which the lifeline sent
+        return FAILURE if lifeline.struck else code
     for node in lifeline.silent():
         line = f"{nodes.describe(node).capitalize()} does not answer: is it up, and its network?"
         print(line, file=sys.stderr, flush=True)

@@ -62,10 +62,12 @@ class Lifeline:
 
     Attributes:
         lost: the node that went without having succeeded; None as long as there is none.
+        struck: this process was sent SIGTERM for it.
     """
 
     def __init__(self, listener: socket.socket | None = None, line: socket.socket | None = None) -> None:
         self.lost: int | None = None
+        self.struck = False
         self._listener = listener
         self._peers = {line: Peer(0)} if line else {}
         self._deadline = float("inf")
@@ -121,7 +123,7 @@ class Lifeline:
                     self._listen_to(source)
             with self._lock:
                 if time.monotonic() > self._deadline:
-                    self._deadline = float("inf")
+                    self._deadline, self.struck = float("inf"), True
                     os.kill(os.getpid(), signal.SIGTERM)
 
     def _listen_to(self, line: socket.socket) -> None:
