@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,17 +48,10 @@ def main() -> None:
     from commons.engine import build_session, train_steps
 
     session = build_session(config, here)
-    from colossalai.kernel.extensions import FusedOptimizerCudaExtension
+    from commons.colossal.adam_kernels import CompiledAdam, fused_adam
 
-    adam = session.trainable.adam  # pyright: ignore[reportAttributeAccessIssue]
-    upstream = FusedOptimizerCudaExtension().load().multi_tensor_adam  # pyright: ignore[reportOptionalMemberAccess]
-    from commons.colossal.adam_kernels import CompiledAdam, FusedOptimizerKernel
-
-    kernels = {
-        "torch": FusedOptimizerKernel().multi_tensor_adam,
-        "compiled": FusedOptimizerKernel(CompiledAdam()).multi_tensor_adam,
-        "colossalai": upstream,
-    }
+    by_chunks = session.trainable.optimizer.step.__self__  # pyright: ignore[reportAttributeAccessIssue]
+    kernels = {"torch": fused_adam, "compiled": CompiledAdam(), "colossalai": upstream_adam()}
     times: dict[str, list[float]] = {name: [] for name in kernels}
     meters = {name: Meter(kernel) for name, kernel in kernels.items()}
     steps = train_steps(session)
@@ -65,12 +59,40 @@ def main() -> None:
         name = list(kernels)[index % len(kernels)]
         # memory in the first steps, time in the rest: the meter's synchronisation would be in the time
         measure_memory = index < config.warmup_step
-        adam.gpu_adam_op = meters[name] if measure_memory else kernels[name]
+        by_chunks._update_on_gpu = meters[name] if measure_memory else kernels[name]
         record = next(steps)
         if not measure_memory and record.optimizer_seconds is not None:
             times[name].append(record.optimizer_seconds * 1000)
     report(arguments.out, config, times, meters, describe_environment(here.name))
     device.teardown()
+
+
+def upstream_adam() -> Callable:
+    """Colossal-AI's own kernel with the signature of ours, and the copy of the weights that upstream makes after it."""
+    from colossalai.kernel.extensions import FusedOptimizerCudaExtension
+
+    kernel = FusedOptimizerCudaExtension().load().multi_tensor_adam  # pyright: ignore[reportOptionalMemberAccess]
+    overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+
+    def update(slots: Any, settings: Any) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, weights = (list(column) for column in zip(*slots, strict=True))
+        kernel(
+            65536,  # elements a block of the kernel, upstream's own choice
+            overflow,
+            [grads, params, exp_avgs, exp_avg_sqs],
+            settings.lr,
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            settings.step,
+            int(settings.decoupled_weight_decay),
+            1,
+            settings.weight_decay,
+            settings.div_scale,
+        )
+        torch._foreach_copy_(weights, params)
+
+    return update
 
 
 def report(out: Path, config: TrainConfig, times: dict, meters: dict[str, Meter], environment: dict) -> None:

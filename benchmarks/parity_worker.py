@@ -106,7 +106,7 @@ class Worker:
             "grad_norms": [record.grad_norm for record in records],
         }
         if weights is not None:
-            dtype = device.compute_dtype(config.precision)
+            dtype = device.compute_dtype(config.base_precision)
             found["missing"] = sorted(set(end) - set(weights))
             found["weights"] = dict(_weight_differences(start, end, weights, dtype))
         return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -53,6 +54,32 @@ def _overlap(devices: int) -> list[Case]:
     ]
 
 
+def _sizes(devices: int) -> list[Case]:
+    """Gemini on one GPU: gpt2_medium, gpt2_xl, in fp8 too, and gpt2_medium as the Colossal-AI example runs it."""
+    example = "--attention eager --dropout 0.1 --activation_checkpointing on --gemini_hooks operation --compile off"
+    cases = {
+        "gpt2_medium": "--model_type gpt2_medium",
+        "gpt2_xl": "--model_type gpt2_xl",
+        "gpt2_medium, fp8": "--model_type gpt2_medium --precision fp8",
+        "gpt2_xl, fp8": "--model_type gpt2_xl --precision fp8",
+        "gpt2_medium, the example's settings": f"--model_type gpt2_medium {example}",
+    }
+    return [Case(f"CAI_Gemini, {name}", tuple(flags.split())) for name, flags in cases.items()]
+
+
+def _large(devices: int) -> list[Case]:
+    """gpt2_10b with Gemini on all devices, batch 8: all of a block recomputed, what is cheap, and the optimizer on the
+    host.
+    """
+    common = "--model_type gpt2_10b --batch_size 8 --max_prefetch 2 --activation_checkpointing"
+    cases = {
+        "recompute on": f"{common} on",
+        "recompute selective": f"{common} selective",
+        "recompute on, optimizer on the host, batch 32": f"{common} on --offload_optim_frac 1 --batch_size 32",
+    }
+    return [Case(f"gpt2_10b, {name} × {devices}", tuple(flags.split()), devices) for name, flags in cases.items()]
+
+
 def _smoke(devices: int) -> list[Case]:
     """Two plans on gpt2_tiny, for a look at the tool itself."""
     return [
@@ -61,7 +88,13 @@ def _smoke(devices: int) -> list[Case]:
 
 
 # name -> the cases for a machine with so many devices
-SETS: dict[str, Callable[[int], list[Case]]] = {"plans": _plans, "overlap": _overlap, "smoke": _smoke}
+SETS: dict[str, Callable[[int], list[Case]]] = {
+    "plans": _plans,
+    "sizes": _sizes,
+    "overlap": _overlap,
+    "large": _large,
+    "smoke": _smoke,
+}
 
 COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "step, ms": lambda runs: _spread(runs, "step_seconds", 1000, 1),
@@ -130,14 +163,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("speed"), help="files to write, without their ending")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", type=int, help="ranks of the larger cases (default: the visible GPUs)")
-    parser.add_argument("--only", help="cases whose label holds this text")
+    parser.add_argument("--only", type=re.compile, help="cases whose label holds this (a regular expression)")
     parser.add_argument("--list", action="store_true", help="print the sets of cases and end")
     arguments, common = parser.parse_known_args()
     if arguments.list:
         print("\n".join(f"{name:10}{build.__doc__}" for name, build in SETS.items()))
         return
     devices = arguments.devices or _visible_gpus()
-    cases = [case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only in case.label]
+    cases = [case for case in SETS[arguments.set](devices) if not arguments.only or arguments.only.search(case.label)]
     results: dict[str, list[dict]] = {case.label: [] for case in cases}
     for repeat in range(arguments.repeats):
         for case in cases:

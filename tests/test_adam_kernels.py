@@ -43,7 +43,7 @@ def slots(dtype: torch.dtype, weights: str = "none") -> list[AdamSlot]:
     param, grad, exp_avg, exp_avg_sq = (torch.randn(sum(SIZES), generator=generator) for _ in range(4))
     pieces = (tensor.split(SIZES) for tensor in (param, grad.to(dtype), exp_avg, exp_avg_sq.abs()))
     written = {"none": lambda grad: None, "gradient": lambda grad: grad, "apart": torch.empty_like}[weights]
-    return [AdamSlot(*four, written(four[1])) for four in zip(*pieces, strict=True)]
+    return [AdamSlot(p, g, m, v, written(g)) for p, g, m, v in zip(*pieces, strict=True)]
 
 
 def expected(settings: AdamSettings, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from commons.tracing import TRACE_FILE, traced
 
 def test_a_traced_block_leaves_a_trace(tmp_path: Path) -> None:
     with traced(tmp_path / "run" / TRACE_FILE, "cpu"):
-        torch.ones(8) @ torch.ones(8)
+        torch.dot(torch.ones(8), torch.ones(8))
     with gzip.open(tmp_path / "run" / TRACE_FILE, "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert "aten::dot" in names

@@ -78,7 +78,8 @@ class Run:
         """What an update reads and writes. ``reuses_chunk``: gradients lie where the weights are to be written."""
         weights = self.chunk.payload[self.begin : self.end]
         gradients = weights if reuses_chunk else self.chunk.grad_chunk.payload[self.begin : self.end]  # pyright: ignore
-        return AdamSlot(self.masters(), gradients, *self.moments(states), weights)
+        exp_avg, exp_avg_sq = self.moments(states)
+        return AdamSlot(self.masters(), gradients, exp_avg, exp_avg_sq, weights)
 
 
 def runs_of(optimizer: Any) -> Iterator[Run]:
