@@ -68,9 +68,7 @@ def _sizes(devices: int) -> list[Case]:
 
 
 def _large(devices: int) -> list[Case]:
-    """gpt2_10b with Gemini on all devices, batch 8: all of a block recomputed, what is cheap, and the optimizer on the
-    host.
-    """
+    """gpt2_10b with Gemini on all devices: blocks recomputed, what is cheap of them, the optimizer on the host."""
     common = "--model_type gpt2_10b --batch_size 8 --max_prefetch 2 --activation_checkpointing"
     cases = {
         "recompute on": f"{common} on",
