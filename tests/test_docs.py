@@ -119,6 +119,18 @@ def doctor_modules(files: set[str]) -> set[str]:
     return {Path(name).name for name in files if name.startswith("commons/doctor/")}
 
 
+def test_parity_table_is_what_was_measured() -> None:
+    text = section("The same model, proved")
+    address = re.search(r"\((benchmarks/results/\S+/parity\.md)\)", text)
+    assert address
+    measured = (REPOSITORY / address[1]).read_text()
+    by_plan = measured[measured.index("| plan |") : measured.index("| ranks |")]
+    assert rows(text) == rows(by_plan)
+    assert {(row[0], row[1]) for row in rows(text)} == {(n, p) for n, plan in PLANS.items() for p in plan.precisions}
+    commit = re.search(r"commit `(\w+)`", text)
+    assert commit and f"commit {commit[1]}" in measured
+
+
 def test_run_folder_files() -> None:
     names = {row[0] for row in rows(section("What a run leaves"))}
     assert names == {"config.json", "env.json", "metrics.jsonl", "summary.json", "console.log"}
