@@ -20,6 +20,7 @@ COMMON = "--model_type gpt2_tiny --batch_size 4 --seq_len 64 --train_step 5 --wa
 # with this epsilon Adam's update grows with the gradient, so that clipping shows in the weights too
 CLIPPED = "--clip_grad_norm 0.3 --adam_eps 1e-3"
 RECOMPUTED = "--activation_checkpointing on"
+SELECTIVE = "--activation_checkpointing selective"
 INTERLEAVED = "--num_model_chunks 2 --num_microbatches 4"
 FRACTIONS = "--shard_param_frac 0.5 --offload_optim_frac 0.3"
 # gradients of gpt2_tiny overflow fp16 for some steps, until the scale has come down
@@ -142,11 +143,17 @@ CASES: dict[int, list[Case]] = {
             "--pp_degree 2 --precision fp32",
             f"--pp_degree 2 --precision fp32 {INTERLEAVED}",
             f"--pp_degree 2 --precision fp32 {RECOMPUTED}",
+            f"--pp_degree 2 --precision fp32 {SELECTIVE}",
             f"--pp_degree 2 --precision fp16 {CLIPPED}",
             "--zero_stage 2",
             "--zero_stage 0 --precision fp32",
             f"--pp_degree 2 {OVERFLOWS}",
         ),
+        *_gemini(SELECTIVE),
+        *[
+            Case(f"--distplan {plan} --precision fp32 {SELECTIVE} --attention eager")
+            for plan in ("CAI_ZeRO1", "Pytorch_DDP", "Pytorch_FSDP")
+        ],
         *_every_precision("CAI_ZeRO1", "CAI_ZeRO2", "Pytorch_DDP", "Pytorch_ZeRO", "Pytorch_FSDP"),
         *[
             Case(f"--distplan {plan} --grad_accum 4 --batch_size 1 --precision {precision}")

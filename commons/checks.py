@@ -448,6 +448,11 @@ def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
         yield "--sequence_parallel on needs tensor parallelism: use --tp_degree 2, or leave it out"
+    if config.activation_checkpointing == "selective" and config.tp_degree > 1:
+        yield (
+            "--activation_checkpointing selective would keep results that --tp_degree above 1 adds up in place, and add"
+            " them up twice: use --activation_checkpointing on, or off"
+        )
     if config.check_parity and config.dropout > 0:
         yield "--check_parity needs a run without chance: use --dropout 0, or leave it out"
     if config.precision != "fp16" and _was_chosen(job, "initial_loss_scale"):

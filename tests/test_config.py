@@ -224,6 +224,11 @@ WRONG = [
     ({"num_model_chunks": 2}, "--num_model_chunks 2 needs a pipeline"),
     ({"pp_degree": 2, "zero_stage": 2, "world_size": 2}, "use --zero_stage 1 or 0"),
     ({"sequence_parallel": "on"}, "--sequence_parallel on needs tensor parallelism"),
+    ({"activation_checkpointing": "selective", "tp_degree": 2, "world_size": 2}, "add them up twice"),
+    ({"precision": "fp8"}, "--precision fp8 needs a GPU"),
+    ({"precision": "fp8", "gemini_hooks": "operation"}, "--precision fp8 takes whole blocks"),
+    ({"precision": "fp8", "batch_size": 1, "seq_len": 24}, "--batch_size x --seq_len that is a multiple of 16"),
+    ({"trace_step": 11}, "--trace_step 11 is never reached"),
     ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without chance: use --dropout 0"),
     ({"precision": "fp32", "world_size": 2}, "in fp32 shards nothing over data-parallel ranks: use --zero_stage 0"),
     (
