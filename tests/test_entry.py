@@ -38,6 +38,12 @@ def test_plain_python_tells_all_problems(tmp_path: Path) -> None:
     check_told_once(console, tmp_path)
 
 
+def test_restarts_need_the_launcher(tmp_path: Path) -> None:
+    flags = ["--log_dir", str(tmp_path / "logs"), "--max_restarts", "2"]
+    returncode, console = run_processes([sys.executable, SCRIPT, *flags])
+    assert returncode == 2 and "use bash run_gemini.sh, or torchrun's own --max-restarts=2" in console, console
+
+
 def test_torchrun_tells_them_once(tmp_path: Path) -> None:
     """torchrun itself ends with 1 and its own report whatever a rank's exit code; the launcher does better."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

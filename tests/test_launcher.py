@@ -220,6 +220,15 @@ def test_the_training_s_exit_code_is_passed_on(tmp_path: Path, code: int) -> Non
     assert last == ("told" if code == 2 else "Rank 0 of 2 failed (exit code 3).")
 
 
+@pytest.mark.parametrize(("code", "attempts"), [(2, 1), (3, 3)])
+def test_what_would_only_happen_again_is_not_tried_again(tmp_path: Path, code: int, attempts: int) -> None:
+    body = f"open(f'starts-{{rank}}', 'a').write('x'); time.sleep(1); sys.exit({code})"
+    run = Launched(tmp_path, body, "--max_restarts=2").wait(timeout=120)
+    assert run.code == code
+    assert len((tmp_path / "starts-0").read_text()) == attempts
+    assert [f"Attempt {n} of 3 begins" in run.stderr for n in (2, 3)] == [attempts == 3] * 2
+
+
 # ---- runs that are ended
 
 WAIT = """

@@ -8,7 +8,9 @@ first test of this file asks for its own, and only those that a selected test ne
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -23,7 +25,11 @@ from pathlib import Path
 import pytest
 from suite_runs import REPOSITORY, clean_environment
 
-from commons.watch import process_state
+from commons.metrics import StepRecord
+from commons.pulse import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
+from commons.run_log import read_records
+from commons.sinks import JsonlSink
+from commons.watch import Sighting, process_state, suspects
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -521,3 +527,70 @@ def test_restarts_are_counted(remains: Remains) -> None:
     assert remains.last_line == "ValueError: the fault of rank 1"
     assert (remains.summary["ended"], remains.summary["attempt"], remains.summary["steps"]) == ("failed", 2, 1)
     assert remains.summary["ended_because"] == "Rank 1 of 2 failed: ValueError: the fault of rank 1"
+
+
+# ---- whose fault a hang is, and what can be read back, without processes
+
+
+def seen(rank: int, beats: int, frames: list[str] | None = None, state: str = "S") -> Sighting:
+    """A rank that does not move; ``frames`` as "file:line function", innermost first."""
+    lines = [f'  File "{file}", line {line} in {function}' for file, line, function in map(_split, frames or [])]
+    stack = "\n".join(["Current thread 0x0 (most recent call first):", *lines, ""]) if lines else ""
+    return Sighting(rank, 0, 100 + rank, beats, "step 2, the forward pass", state, stack)
+
+
+def _split(frame: str) -> list[str]:
+    return re.split("[: ]", frame)
+
+
+COLLECTIVE = "/lib/torch/distributed/distributed_c10d.py:10 all_reduce"
+TRAINING = ["engine.py:50 step", "train.py:5 main"]
+
+
+@pytest.mark.parametrize(
+    ("sightings", "blamed"),
+    [
+        ([seen(0, 7, state="T"), seen(1, 5), seen(2, 5)], [0]),
+        ([seen(0, 7), seen(1, 5), seen(2, 7)], [1]),
+        ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, ["my.py:3 loop", *TRAINING])], [1]),
+        # one waits where the others have been
+        ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, [COLLECTIVE, "engine.py:48 step", TRAINING[1]])], [1]),
+        # in one collective together, or in different branches: nobody is to be singled out
+        ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, [COLLECTIVE, *TRAINING])], [0, 1]),
+        ([seen(0, 7, [COLLECTIVE, "a.py:1 f", *TRAINING]), seen(1, 7, [COLLECTIVE, "b.py:1 g", *TRAINING])], [0, 1]),
+        ([seen(0, 7), seen(1, 7)], [0, 1]),
+    ],
+)
+def test_who_is_to_blame(sightings: list[Sighting], blamed: list[int]) -> None:
+    assert [each.rank for each in suspects(sightings)] == blamed
+
+
+def test_the_limit_is_a_little_below_that_of_collectives() -> None:
+    for timeout in (1.0, 20.0, 600.0):
+        assert 0.7 * timeout < patience_seconds(timeout, Beat(9, 2, "forward", 0)) < timeout
+        for beat in (Beat(1, 0, "build", 0), Beat(5, 1, "forward", 0)):
+            assert 120 <= patience_seconds(timeout, beat) < group_timeout_seconds(timeout)
+
+
+def test_a_pulse_is_read_by_another(tmp_path: Path) -> None:
+    assert read_pulse(tmp_path / "none") is None
+    pulse = Pulse(tmp_path / "pulse")
+    pulse.beat("wait", 3)
+    pulse.beat("backward")
+    beat = read_pulse(tmp_path / "pulse")
+    assert beat == pulse.last and beat is not None
+    assert (beat.count, beat.where()) == (3, "step 3, the backward pass")
+    assert 0 <= time.monotonic() - beat.seconds < 60
+
+
+def test_records_are_read_back(tmp_path: Path) -> None:
+    blank = {f.name: 1 for f in dataclasses.fields(StepRecord)}
+    records = [StepRecord(**{**blank, "step": n, "loss": loss}) for n, loss in enumerate((2.5, math.inf), 1)]
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for record in records:
+        sink.log(record)
+    sink.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # the writer was killed
+    assert read_records(tmp_path / "metrics.jsonl") == records
+    assert read_records(tmp_path / "none") == []
