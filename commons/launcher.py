@@ -263,7 +263,12 @@ def start(launch: Launch, script: Path) -> int:
         )
         return FAILURE
     with console_copy, met.lifeline as lifeline:
-        code = run_ranks(_rank_flags(launch, run_name), met.nodes, met.store, script)
+        try:
+            code = run_ranks(_rank_flags(launch, run_name), met.nodes, met.store, script)
+        except Stopped as stopped:
+            if not lifeline.struck:
+                raise
+            code = 128 + stopped.signum  # by the lifeline, when the ranks had ended by themselves just so
         lifeline.stand_down()
         if code:
             code = _look_for_others(code, lifeline, met.nodes)
