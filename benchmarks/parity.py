@@ -111,11 +111,12 @@ def _torchrun(ranks: int, script: Sequence[str], report: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script]
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    paths = [str(SUITE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]  # packages may lie there
     with console.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=SUITE_ROOT,
-            env={"OMP_NUM_THREADS": "1", **kept, "PYTHONPATH": str(SUITE_ROOT)},
+            env={"OMP_NUM_THREADS": "1", **kept, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

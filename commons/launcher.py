@@ -253,7 +253,12 @@ def start(launch: Launch, script: Path) -> int:
     config = dataclasses.replace(launch.config, run_name=run_name)
     launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
     with console_copy, met.lifeline as lifeline:
-        code = run_ranks(launch, met.store, script)
+        try:
+            code = run_ranks(launch, met.store, script)
+        except Stopped as stopped:
+            if not lifeline.struck:
+                raise
+            code = 128 + stopped.signum  # by the lifeline, when the ranks had ended by themselves just so
         lifeline.stand_down()
         if code:
             code = _look_for_others(code, lifeline, met.nodes)

@@ -172,7 +172,7 @@ def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
         )
 
     try:
-        return _in_time(open_it, min(timeout_seconds, CONNECT_SECONDS) + 1)
+        return in_time(open_it, min(timeout_seconds, CONNECT_SECONDS) + 1)
     except (RuntimeError, TimeoutError) as error:
         cause = str(error).splitlines()[0]
         if serves:
@@ -185,7 +185,7 @@ def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
         raise MeetingError(text) from None
 
 
-def _in_time(work: Callable[[], Result], seconds: float) -> Result:
+def in_time(work: Callable[[], Result], seconds: float) -> Result:
     """work(), in a thread that is left behind where it takes too long: a listener that is no store, and says
     nothing, holds TCPStore for ever, whatever its timeout, and keeps signals from being handled."""
     answers: list[Result | Exception] = []

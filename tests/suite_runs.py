@@ -54,7 +54,8 @@ def clean_environment(**changes: str) -> dict[str, str]:
         "DISTPLAN",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **changes}
+    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]  # packages may lie there
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **changes}
 
 
 def run_processes(

@@ -90,7 +90,8 @@ class Launched:
 def environment(**variables: str) -> dict[str, str]:
     ours = {*FLAG_VARIABLES, *JOB_VARIABLES, "OMP_NUM_THREADS", "LOGLEVEL", "RANK", "WORLD_SIZE"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **variables}
+    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
 def is_alive(pid: int) -> bool:
