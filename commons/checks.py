@@ -361,7 +361,7 @@ def _abilities(job: Job) -> Iterator[str]:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
         yield (
             f"{job.plan.name} cannot train in --precision {job.config.precision}: use --precision"
-            f" {_either(job.plan.precisions)}, or --distplan {_either(able)}"
+            f" {_either(name for name in job.plan.precisions if name != 'fp8' or job.device_type == 'cuda')}, or --distplan {_either(able)}"
         )
 
 

@@ -126,7 +126,8 @@ def test_parity_table_is_what_was_measured() -> None:
     measured = (REPOSITORY / address[1]).read_text()
     by_plan = measured[measured.index("| plan |") : measured.index("| ranks |")]
     assert rows(text) == rows(by_plan)
-    assert {(row[0], row[1]) for row in rows(text)} == {(n, p) for n, plan in PLANS.items() for p in plan.precisions}
+    on_cpus = {(n, p) for n, plan in PLANS.items() for p in plan.precisions if p != "fp8"}  # which no CPU has
+    assert {(row[0], row[1]) for row in rows(text)} == on_cpus
     commit = re.search(r"commit `(\w+)`", text)
     assert commit and f"commit {commit[1]}" in measured
 
