@@ -359,9 +359,10 @@ def _abilities(job: Job) -> Iterator[str]:
             yield problem
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
+        here = [name for name in job.plan.precisions if name != "fp8" or job.device_type == "cuda"]
         yield (
             f"{job.plan.name} cannot train in --precision {job.config.precision}: use --precision"
-            f" {_either(name for name in job.plan.precisions if name != 'fp8' or job.device_type == 'cuda')}, or --distplan {_either(able)}"
+            f" {_either(here)}, or --distplan {_either(able)}"
         )
 
 
