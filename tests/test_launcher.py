@@ -519,7 +519,7 @@ def store() -> Iterator[Any]:
 
 def test_cards_are_compared(store: Any) -> None:
     pair = [Nodes(1, count=2, rank=rank) for rank in range(2)]
-    errors: list[Exception | dict] = []
+    errors: list[Exception | list[dict]] = []
 
     def node_1() -> None:
         try:
