@@ -15,21 +15,24 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from commons.guard import WATCH_VARIABLE, pulse_path, stack_path
-from commons.nodes import Nodes
+from commons.nodes import Nodes, in_time
 from commons.pulse import Beat, patience_seconds, read_pulse
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+Answer = TypeVar("Answer")
+
 LOOK_SECONDS = 0.5
 STACK_SECONDS = 2.0  # for a rank to write its stack
 OTHER_NODES_SECONDS = 2.0  # for the other machines' launchers to tell of their ranks
+STORE_SECONDS = 5.0  # for the store of node 0, which says nothing at all where the network swallows packets
 MOST_FRAMES = 25
 # of /proc/PID/status, with what the user is told
 NOT_RUNNING = {
@@ -113,6 +116,7 @@ class Watch:
         self.folder, self.attempt, self.verdict = folder, 1, []
         self._nodes, self._timeout, self._store = nodes, timeout_seconds, store
         self._pids: dict[int, int] = {}
+        self._store_is_lost = False
         self._began = self._last_look = self._awake_since = time.monotonic()
 
     def begin(self, attempt: int) -> None:
@@ -190,29 +194,35 @@ class Watch:
     def _key(self) -> str:
         return f"suite/watch/{self.attempt}"
 
-    def _asked_by_another_node(self) -> bool:
-        if self._nodes.count == 1:
-            return False
+    def _ask_store(self, ask: Callable[[], Answer], otherwise: Answer, seconds: float = STORE_SECONDS) -> Answer:
+        """``ask()``, or ``otherwise`` from when on the store did not answer: node 0 or the network has gone."""
+        if self._nodes.count == 1 or self._store_is_lost:
+            return otherwise
         try:
-            return self._store.check([f"{self._key}/asked"])
-        except RuntimeError:  # node 0, which holds the store, has gone
-            return False
+            return in_time(ask, seconds)
+        except (RuntimeError, TimeoutError):
+            self._store_is_lost = True
+            return otherwise
+
+    def _asked_by_another_node(self) -> bool:
+        return self._ask_store(lambda: self._store.check([f"{self._key}/asked"]), False)
 
     def _compare(self, mine: list[Sighting]) -> list[Sighting]:
         """What all launchers see, of those that answer in time."""
-        all_of_them = list(mine)
-        with contextlib.suppress(RuntimeError):
-            own = json.dumps([dataclasses.asdict(seen) for seen in mine])
-            self._store.set(f"{self._key}/{self._nodes.rank}", own)
-            self._store.set(f"{self._key}/asked", "")
-            missing = set(range(self._nodes.count)) - {self._nodes.rank}
-            deadline = time.monotonic() + OTHER_NODES_SECONDS
-            while missing and time.monotonic() < deadline:
-                for node in [n for n in missing if self._store.check([f"{self._key}/{n}"])]:
-                    missing.discard(node)
-                    all_of_them += [Sighting(**seen) for seen in json.loads(self._store.get(f"{self._key}/{node}"))]
-                time.sleep(0.1)
-        return all_of_them
+        own = json.dumps([dataclasses.asdict(seen) for seen in mine])
+        return self._ask_store(lambda: [*mine, *self._exchange(own)], mine, OTHER_NODES_SECONDS + STORE_SECONDS)
+
+    def _exchange(self, own: str) -> list[Sighting]:
+        self._store.set(f"{self._key}/{self._nodes.rank}", own)
+        self._store.set(f"{self._key}/asked", "")
+        found, missing = [], set(range(self._nodes.count)) - {self._nodes.rank}
+        deadline = time.monotonic() + OTHER_NODES_SECONDS
+        while missing and time.monotonic() < deadline:
+            for node in [n for n in missing if self._store.check([f"{self._key}/{n}"])]:
+                missing.discard(node)
+                found += [Sighting(**seen) for seen in json.loads(self._store.get(f"{self._key}/{node}"))]
+            time.sleep(0.1)
+        return found
 
     # ---- the verdict
 

@@ -157,6 +157,9 @@ def test_the_time_limit_s_signal_reaches_the_launchers(tmp_path: Path) -> None:
             time.sleep(0.2)
         job.process.send_signal(signal.SIGUSR1)
         assert job.wait(30) == 128 + signal.SIGUSR1, job.text
+        (summary,) = tmp_path.glob("logs/*/summary.json")
+        assert "SIGUSR1" in summary.read_text()
+        assert "ended first" not in job.text, "no node is to be blamed"
         deadline = time.monotonic() + 10
         while job.left() and time.monotonic() < deadline:
             time.sleep(0.2)
