@@ -15,7 +15,7 @@ import pytest
 from commons import cli
 from commons.checks import LIMITS, problems, working_head_counts
 from commons.config import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
-from commons.plans import PLANS
+from commons.plans import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ ABLE = dataclasses.replace(
     tensor_parallel=True,
     sequence_parallel=True,
     pipeline=True,
-    precisions=("bf16", "fp16", "fp32"),
+    precisions=ALL_PRECISIONS,
 )
 
 
