@@ -15,15 +15,13 @@ from commons.colossal.imports import import_colossalai
 
 
 def leave_unmended() -> None:
-    """Run with Colossal-AI's own norms, fractions, savings, partial biases, skipped steps, scales and Adam."""
+    """Run with Colossal-AI's own norms, fractions, savings, partial biases, scales and steps of Gemini's optimizer."""
     import_colossalai()
-    from colossalai.nn.optimizer import HybridAdam
-
-    from commons.colossal import adam_kernels, split_gpt2, upstream_fixes
+    from commons.colossal import chunk_adam, split_gpt2, upstream_fixes
 
     upstream_fixes.FIXES = ()
     split_gpt2.SplitGPT2Policy._mark_partial_biases = lambda self: None
-    adam_kernels.SuiteAdam.torch_adam_update = HybridAdam.torch_adam_update  # pyright: ignore[reportAttributeAccessIssue]
+    chunk_adam.update_by_chunks = lambda *_, **__: None
 
 
 def take_upstream_forward() -> None:

@@ -5,7 +5,7 @@ Each names the upstream function, says what went wrong, and asks upstream whethe
 (:meth:`is_needed`): a Colossal-AI that has mended it is left alone. Faults that are avoided by construction
 are told where that happens: the forward pass, the loss and the sequence-parallel biases of a split GPT-2 in
 split_gpt2.py; small models and blocks across chunk boundaries in chunks.py; clipping with offloaded gradients
-in adam_kernels.py.
+and accumulation after an overflow in chunk_adam.py.
 """
 
 from __future__ import annotations
@@ -217,33 +217,6 @@ def _gather_like(param: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return gather_distributed_param(part, keep_vars=False).cpu()
 
 
-# --- Gemini's gradient accumulation after an overflow -------------------------------------------------------
-
-
-def _skipping_is_wrong() -> bool:
-    """Have a step skipped: upstream leaves the next one to add to the gradients that overflowed."""
-    chunk_manager = SimpleNamespace(accumulating_grads=True, reuse_fp16_chunk=False)
-    optimizer: Any = SimpleNamespace(
-        module=SimpleNamespace(master_weights=False, chunk_manager=chunk_manager),
-        mix_precision_mixin=SimpleNamespace(should_skip_step=lambda: True),
-        verbose=False,
-        **dict.fromkeys(("_set_grad_ptr", "_clear_global_norm", "zero_grad", "_update_fp16_params"), lambda: None),
-    )
-    GeminiOptimizer.step(optimizer)
-    return chunk_manager.accumulating_grads
-
-
-def _mend_skipping() -> None:
-    upstream = GeminiOptimizer.step
-
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = upstream(self, *args, **kwargs)
-        self.module.chunk_manager.accumulating_grads = False
-        return result
-
-    GeminiOptimizer.step = step
-
-
 # --- The loss scale that gradients carry --------------------------------------------------------------------
 
 
@@ -312,14 +285,6 @@ FIXES = (
         " behind it the gathered states are dropped and each file would hold one rank's part",
         _saving_is_wrong,
         _mend_saving,
-    ),
-    Fix(
-        "zero/gemini/gemini_optimizer.py",
-        "GeminiOptimizer.step",
-        "with gradient accumulation, fp16 never recovers from an overflow: the skipped step's infinite gradients"
-        " stay, every later one is added to them and skipped too",
-        _skipping_is_wrong,
-        _mend_skipping,
     ),
     Fix(
         "amp/naive_amp/mixed_precision_mixin/fp16.py",
