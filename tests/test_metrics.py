@@ -260,8 +260,13 @@ def test_spelling_of_a_device_name_does_not_matter() -> None:
 
 
 def test_an_unknown_precision_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; take one of bf16, fp16, fp32"):
-        peak_flops("NVIDIA H200", "fp8")
+    with pytest.raises(ValueError, match="unknown precision 'fp4'; take one of bf16, fp16, fp32, fp8"):
+        peak_flops("NVIDIA H200", "fp4")
+
+
+def test_fp8_has_no_peak() -> None:
+    """Its matrix products are of two kinds, so that there is no one number to divide by."""
+    assert peak_flops("NVIDIA H200", "fp8") is None
 
 
 # --- Records and summaries ----------------------------------------------------------------------------------
