@@ -148,7 +148,7 @@ def test_every_placement_runs_on_every_number_of_ranks_and_with_everything() -> 
             assert any(wanted in case.flags for case in gemini), (ranks, wanted)
     every = [case for cases in CASES.values() for case in cases]
     assert {(case.plan, case.precision) for case in every} == {
-        (name, precision) for name, plan in PLANS.items() for precision in plan.precisions
+        (name, precision) for name, plan in PLANS.items() for precision in plan.precisions if precision != "fp8"
     }
 
 
