@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Triton compiles its launchers with a C compiler, inductor its CPU kernels with a C++ one: variable, usual names
 COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-# Norms, activations and losses are tried in several tile sizes on the device: ten seconds more in the first
-# compilation for 2 % of a gpt2_xl step, whose width of 1600 the compiler's guess does not suit (benchmarks/NOTES.md)
+# Norms, activations and losses are tried in several tile sizes on the device: some ten seconds more in the first
+# compilation for 2 ms of a gpt2_xl step, whose width of 1600 the compiler's guess does not suit (benchmarks/NOTES.md)
 INDUCTOR_OPTIONS: dict[str, Any] = {"max_autotune_pointwise": True}
 
 

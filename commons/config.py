@@ -60,8 +60,7 @@ class ModelFlags:
     activation_checkpointing: Literal["off", "selective", "on"] = _flag(
         "off",
         "what the backward pass computes again. selective: norms and activations, while the results of matrix products"
-        " and attention are kept: a third less memory, hardly more work; on: all but every block's input: least memory,"
-        " a third more work",
+        " and attention are kept; on: all but every block's input: least memory, a third more work",
     )
 
 

@@ -2,8 +2,9 @@
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", keep every block's input alone ("on"). Korthikanti et
 al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5, keep what is dear to compute and
-recompute what is cheap. Here "selective" keeps the results of matrix products with weights and of fused attention: 10
-of some 15 tensors of the size of the hidden states a block; norms, GELU and what a residual needs are computed again.
+recompute what is cheap. Here "selective" keeps the results of matrix products with weights and of fused attention, nine
+tensors of the size of the hidden states a block beside its input; norms, GELU and what a residual needs are computed
+again.
 """
 
 from __future__ import annotations

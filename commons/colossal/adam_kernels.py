@@ -205,8 +205,7 @@ class _FusedOptimizerKernel:
         div_scale: float,
     ) -> None:
         assert bias_correction, "torch's fused Adam always corrects the bias"
-        grads, *others = ([tensor.view(-1) for tensor in tensors] for tensors in tensor_lists)
-        params, exp_avgs, exp_avg_sqs = others
+        grads, params, exp_avgs, exp_avg_sqs = ([tensor.view(-1) for tensor in tensors] for tensors in tensor_lists)
         settings = AdamSettings(step, lr, beta1, beta2, eps, weight_decay, bool(adamw_mode), div_scale)
         fused_adam([AdamSlot(*slot) for slot in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)], settings)
 
