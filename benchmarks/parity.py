@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.parity_cases import CASES, COMMON, Case, Claim, claims, skips_as_it_must, why_not
-from commons.environment import SUITE_ROOT, describe_environment
+from commons.environment import SUITE_ROOT, describe_environment, python_path
 
 START_SECONDS = 120  # of the ranks, with everything imported
 CASE_SECONDS = 90  # at most, with compilation
@@ -111,12 +111,11 @@ def _torchrun(ranks: int, script: Sequence[str], report: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script]
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    paths = [str(SUITE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]  # packages may lie there
     with console.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=SUITE_ROOT,
-            env={"OMP_NUM_THREADS": "1", **kept, "PYTHONPATH": os.pathsep.join(paths)},
+            env={"OMP_NUM_THREADS": "1", **kept, "PYTHONPATH": python_path(kept)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

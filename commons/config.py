@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
         unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
-        return dataclasses.replace(self, **unset)
+        # a shell leaves the ~ in --log_dir=~/logs as it is
+        return dataclasses.replace(self, **unset, log_dir=str(Path(self.log_dir).expanduser()))
 
     def shape(self) -> ModelShape:
         """The size of ``model_type`` with this configuration's overrides. KeyError for an unknown size."""
@@ -269,6 +271,11 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
                 "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
             }
         return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, of a resolved configuration with a ``run_name``."""
+        return Path(self.log_dir) / str(self.run_name)
 
     @property
     def base_precision(self) -> str:

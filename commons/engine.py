@@ -190,7 +190,7 @@ def _bad_steps_ended(bad: list[metrics.StepRecord]) -> Ended:
 def _trace_file(session: Session, step: int) -> Path | None:
     if step != session.config.trace_step or session.device.rank != 0:
         return None
-    return Path(session.config.log_dir).expanduser() / str(session.config.run_name) / TRACE_FILE
+    return session.config.run_dir / TRACE_FILE
 
 
 def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tuple[torch.Tensor, Update]:

@@ -80,6 +80,13 @@ def describe_environment(
     return {name: _or_none(question) for name, question in questions.items()}
 
 
+def python_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH for a child process: the suite, and behind it what the variable has already, as packages may lie
+    there.
+    """
+    return os.pathsep.join([str(SUITE_ROOT), *filter(None, [environ.get("PYTHONPATH")])])
+
+
 def relevant_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that matter to a run, sorted; no other variable is ever recorded."""
     return {

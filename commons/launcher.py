@@ -241,17 +241,16 @@ def start(launch: Launch, script: Path) -> int:
         print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
         return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
     _choose_interface(launch, met.nodes)
-    run_name = met.leader["_run_name"]
+    config = dataclasses.replace(launch.config, run_name=met.leader["_run_name"])
+    launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
     try:
-        console_copy = _open_console_copy(launch, run_name)
+        console_copy = _open_console_copy(launch)
     except OSError as error:
         print(
             f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
             file=sys.stderr,
         )
         return FAILURE
-    config = dataclasses.replace(launch.config, run_name=run_name)
-    launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
     with console_copy, met.lifeline as lifeline:
         try:
             code = run_ranks(launch, met.store, script)
@@ -319,16 +318,16 @@ def _free_run_name(launch: Launch) -> str:
     """The default name, counted up where another run of this second has it."""
     config = launch.config
     name = config.default_run_name(launch.nodes.world_size, time.strftime("%Y%m%d-%H%M%S"))
-    folder, number, free = Path(config.log_dir), 1, name
-    while (folder / free).exists():
+    number, free = 1, name
+    while dataclasses.replace(config, run_name=free).run_dir.exists():
         number += 1
         free = f"{name}-{number}"
     return free
 
 
-def _open_console_copy(launch: Launch, run_name: str) -> ConsoleCopy:
+def _open_console_copy(launch: Launch) -> ConsoleCopy:
     """Makes the run's folder: from here on there is a run. OSError where that cannot be."""
-    run_dir, node = Path(launch.config.log_dir) / run_name, launch.nodes.rank
+    run_dir, node = launch.config.run_dir, launch.nodes.rank
     run_dir.mkdir(parents=True, exist_ok=True)
     name = "console.log" if node == 0 else f"console-node{node}.log"
     return ConsoleCopy(run_dir / name, already_shown=launch.notices)
@@ -391,12 +390,12 @@ class Course:
         self._config, self._nodes, self.watch = launch.config, launch.nodes, watch
 
     def begin(self, attempt: int) -> None:
-        from commons.run_log import begin_attempt, run_folder
+        from commons.run_log import begin_attempt
 
         self.watch.sweep()
         self.watch.begin(attempt)
         if self._nodes.rank == 0:
-            begin_attempt(run_folder(self._config), attempt)
+            begin_attempt(self._config.run_dir, attempt)
 
     def report_restart(self, failures: Mapping[int, ProcessFailure], attempt: int) -> None:
         lines, ended = failure_lines(failures, self._nodes, self.watch.verdict)
@@ -412,11 +411,11 @@ class Course:
 
     def conclude(self, ended: Ended, *, replace: bool) -> int:
         """See commons.run_log; only where rank 0 is."""
-        from commons.run_log import conclude, run_folder
+        from commons.run_log import conclude
 
         if self._nodes.rank != 0:
             return 0
-        return conclude(run_folder(self._config), self._config, ended, self.watch.attempt, replace=replace)
+        return conclude(self._config.run_dir, self._config, ended, self.watch.attempt, replace=replace)
 
 
 def is_final(failures: Mapping[int, ProcessFailure]) -> bool:

@@ -160,7 +160,7 @@ def check_parity(session: Session, records: Sequence[StepRecord]) -> Ended:
         reference, _ = reference_steps(config, ranks, device.torch_device, skipped_steps(records))
         parity = compare(config, records, reference)
         print(describe(parity), flush=True)
-        write(parity, Path(config.log_dir).expanduser() / str(config.run_name))
+        write(parity, config.run_dir)
         holds.fill_(int(parity.holds))
     dist.broadcast(holds, src=0)
     if holds.item():

@@ -48,11 +48,7 @@ class RunLog:
     def break_off(self, ended: Ended) -> None:
         """Write summary.json and nothing else, unless it is being written already; from any thread."""
         if self._sinks and self._reporting.acquire(blocking=False):
-            write_summary(run_folder(self._config), list(self.records), self._config, ended, attempt_number())
-
-
-def run_folder(config: TrainConfig) -> Path:
-    return Path(config.log_dir).expanduser() / str(config.run_name)
+            write_summary(self._config.run_dir, list(self.records), self._config, ended, attempt_number())
 
 
 @contextlib.contextmanager
@@ -61,7 +57,7 @@ def open_log(session: Session, guard: Guard) -> Iterator[RunLog]:
     cannot wait for the step to end.
     """
     if session.device.rank == 0:
-        begin_attempt(run_folder(session.config), attempt_number())
+        begin_attempt(session.config.run_dir, attempt_number())
     with open_sinks(session) as sinks:
         log = RunLog(session.config, sinks)
         guard.last_words = log.break_off

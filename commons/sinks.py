@@ -372,9 +372,7 @@ def open_sinks(session: Session) -> Iterator[list[Sink]]:
     if session.device.rank != 0:
         yield []
         return
-    config = session.config
-    run_dir = Path(config.log_dir).expanduser() / str(config.run_name)
-    sinks = make_sinks(run_dir, config, session.header())
+    sinks = make_sinks(session.config.run_dir, session.config, session.header())
     with contextlib.ExitStack() as closing:
         for sink in sinks:
             closing.callback(sink.close)

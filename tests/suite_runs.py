@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from commons.environment import python_path
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_SECONDS = 240
 
@@ -54,8 +56,7 @@ def clean_environment(**changes: str) -> dict[str, str]:
         "DISTPLAN",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]  # packages may lie there
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **changes}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(kept), **changes}
 
 
 def run_processes(

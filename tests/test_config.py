@@ -411,3 +411,13 @@ def test_importing_the_configuration_is_light() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_tilde_that_the_shell_left_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Everybody who writes for a run writes into one folder: launcher, ranks and checks."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = TrainConfig(log_dir="~/logs", run_name="one").resolve("cpu")
+    assert config.run_dir == tmp_path / "logs" / "one"
+    (config.run_dir).mkdir(parents=True)
+    (config.run_dir / "config.json").touch()
+    assert "already holds a run" in found(log_dir="~/logs", run_name="one")

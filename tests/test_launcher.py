@@ -22,10 +22,10 @@ import pytest
 
 from commons import cli, launcher, nodes
 from commons.console_copy import LineCleaner, LogFile
+from commons.environment import python_path
 from commons.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
 from commons.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCH = (
     "import sys; from pathlib import Path; from commons.launcher import main;"
     " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
@@ -90,8 +90,7 @@ class Launched:
 def environment(**variables: str) -> dict[str, str]:
     ours = {*FLAG_VARIABLES, *JOB_VARIABLES, "OMP_NUM_THREADS", "LOGLEVEL", "RANK", "WORLD_SIZE"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", **variables}
+    return {**kept, "PYTHONPATH": python_path(kept), "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
 def is_alive(pid: int) -> bool:

@@ -115,6 +115,10 @@ class Config:
     log_dir: str = "logs"
     run_name: str = "run"
 
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.log_dir) / self.run_name
+
 
 def strict_json(text: str) -> Any:
     """Parse what any JSON reader takes: Python's own would also take NaN."""

@@ -15,7 +15,7 @@ import traceback
 from types import TracebackType
 
 from commons.doctor.diagnosis import matching_symptoms
-from commons.doctor.processes import REPOSITORY
+from commons.environment import python_path
 
 EXPLAIN_SECONDS = 40.0  # torch may have to be imported, on a machine that is in trouble
 LONGEST_MESSAGE = 4000
@@ -32,11 +32,10 @@ def explanation(message: str, seconds: float = EXPLAIN_SECONDS) -> str:
     if not matching_symptoms(message):
         return ""
     command = [sys.executable, "-m", "commons.doctor", "--failure", message[-LONGEST_MESSAGE:].replace("\0", "")]
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         doctor = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "PYTHONPATH": python_path(os.environ)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
