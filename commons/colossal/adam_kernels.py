@@ -64,16 +64,16 @@ class AdamSettings:
     div_scale: float
 
 
-def _pieces(slots: Iterable[AdamSlot], limit: int) -> Iterator[list[AdamSlot]]:
-    """Group slots into lists of at most ``limit`` elements; a larger slot is cut."""
-    group: list[AdamSlot] = []
+def _pieces(slots: Iterable[AdamSlot], limit: int) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """The first four tensors of slots in lists of at most ``limit`` elements; a larger slot is cut."""
+    group: list[tuple[torch.Tensor, ...]] = []
     room = limit
     for slot in slots:
         for piece in zip(*(tensor.split(limit) for tensor in slot[:4]), strict=True):
             if piece[0].numel() > room:
                 yield group
                 group, room = [], limit
-            group.append(AdamSlot(*piece))
+            group.append(piece)
             room -= piece[0].numel()
     if group:
         yield group
@@ -96,7 +96,7 @@ def fused_adam(slots: Sequence[AdamSlot], settings: AdamSettings) -> None:
     limit = min(elements, CONVERSION_ELEMENTS) if converts else elements
     buffer = first.new_empty(limit) if converts else None
     for group in _pieces(slots, limit):
-        params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in list(zip(*group, strict=True))[:4])
+        params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*group, strict=True))
         if buffer is not None:
             sizes = [grad.numel() for grad in grads]
             converted = list(buffer.narrow(0, 0, sum(sizes)).split(sizes))

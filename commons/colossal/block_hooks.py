@@ -65,6 +65,7 @@ class ChunkGradients:
         self._missing = dict(uses)
         self._gradients: dict[int, torch.Tensor] = {}
         self._slices: dict[Chunk, list[torch.Tensor]] = {}
+        self._reductions = {chunk: mean_or_sum(chunk) for chunk in uses}
         # only fp16 looks for infinities, and each look is a pass over all gradients
         self._checks_overflow = gemini.mixed_precision is torch.float16
 
@@ -131,12 +132,12 @@ class ChunkGradients:
         if stream is not None:
             stream.wait_stream(_accelerator().current_stream())
         with _accelerator().stream(stream):
-            target.reduction = mean_or_sum(chunk)  # pyright: ignore[reportAttributeAccessIssue]
+            target.reduction = self._reductions[chunk]  # pyright: ignore[reportAttributeAccessIssue]
             manager.reduce_chunk(target, async_op=stream is not None)
             target.wait_async_reduce()
             if target is not chunk:
                 manager.release_chunk(chunk)
-            if chunk.pg_size > 1 and target.reduction == dist.ReduceOp.SUM:  # pyright: ignore
+            if chunk.pg_size > 1 and self._reductions[chunk] == dist.ReduceOp.SUM:
                 target.payload.div_(chunk.pg_size)
             if self._checks_overflow:
                 manager.overflow_counter += target.has_inf_or_nan
