@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from commons.recompute import checkpoint_arguments
+from commons.recompute import MODES, checkpoint_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -142,10 +142,14 @@ def build_model(
         activation_checkpointing: "off", "selective" or "on", see commons.recompute.
 
     Raises:
-        ValueError: unknown attention, a dropout outside [0, 1), or heads that do not divide the hidden size.
+        ValueError: an unknown attention or activation_checkpointing, a dropout outside [0, 1), or heads that do not
+            divide the hidden size.
     """
     from transformers import GPT2LMHeadModel
 
+    if activation_checkpointing not in MODES:
+        known = ", ".join(MODES)
+        raise ValueError(f"unknown activation_checkpointing {activation_checkpointing!r}; take one of {known}")
     model = GPT2LMHeadModel(_transformers_config(shape, attention, dropout))
     model.loss_function = partial(next_token_loss, vocab=shape.vocab)
     if activation_checkpointing != "off":

@@ -231,8 +231,7 @@ def test_a_torch_that_the_driver_can_run(
     machine: Machine, gpu: str, driver: str, cuda: str, capability: str, version: str, said: str
 ) -> None:
     (pinned,) = [pinned_version(pin) for pin in pins("requirements.txt") if pin.name == "torch"]
-    shutil.copytree(ROOT / "commons" / "doctor", machine.repo / "commons" / "doctor")
-    (machine.repo / "commons" / "__init__.py").touch()
+    shutil.copytree(ROOT / "commons", machine.repo / "commons", dirs_exist_ok=True)
     answers = NVIDIA_SMI.format(gpu=gpu, driver=driver, cuda=cuda, capability=capability)
     machine.put("nvidia-smi", answers)
     index = machine.home / "index"

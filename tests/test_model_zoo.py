@@ -218,10 +218,11 @@ def test_dropout_reaches_embeddings_attention_and_residuals() -> None:
         assert (losses[0] == losses[1]) is same
 
 
+@pytest.mark.parametrize("mode", ["selective", "on"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activation_checkpointing_computes_blocks_twice_and_the_same_gradients(dropout: float) -> None:
+def test_activation_checkpointing_computes_blocks_twice_and_the_same_gradients(dropout: float, mode: str) -> None:
     tokens, gradients, block_calls = tokens_of(SMALLEST), [], []
-    for checkpointing in (False, True):
+    for checkpointing in ("off", mode):
         model, calls = seeded_model(dropout=dropout, activation_checkpointing=checkpointing), []
         for block in model.transformer.h.children():
             block.get_submodule("ln_1").register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -237,6 +238,7 @@ def test_activation_checkpointing_computes_blocks_twice_and_the_same_gradients(d
     ("options", "message"),
     [
         ({"attention": "flash3"}, "unknown attention 'flash3'; take one of sdpa, eager, flash"),
+        ({"activation_checkpointing": True}, "unknown activation_checkpointing True; take one of off, selective, on"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
         (

@@ -75,10 +75,9 @@ class Job:
             "SLURM_CPUS_PER_TASK": "1",
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "MASTER_PORT": free_port(),
-            "VIRTUAL_ENV": sys.prefix,
             "GEMINI_USE_ACTIVE": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",  # the tests' own environment
         }
         environment = clean_environment(**{**slurm, **variables})
         environment.pop("MASTER_ADDR", None)
