@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from colossalai.zero.gemini import gemini_optimizer
 
 from commons.compiling import CompiledFunction
 
-# fp32 elements that are converted at once: 80 MiB. That is less than the largest chunk (the embedding's, from
-# gpt2_medium on), and as many as torch's kernel takes in one launch; with fewer it does not fill a large GPU.
-CONVERSION_ELEMENTS = 320 * 65536
+# fp32 elements that are converted at once. On a GPU 80 MiB: less than the largest chunk (the embedding's, from gpt2_medium
+# on), and as many as torch's kernel takes in one launch; with fewer it does not fill a large one. On a CPU what stays in its
+# caches until the kernel reads it.
+CONVERSION_ELEMENTS = {"cuda": 320 * 65536, "cpu": 1 << 20}
 
 
 class AdamSlot(NamedTuple):
@@ -64,17 +66,18 @@ class AdamSettings:
     div_scale: float
 
 
-def _pieces(slots: Iterable[AdamSlot], limit: int) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """The first four tensors of slots in lists of at most ``limit`` elements; a larger slot is cut."""
-    group: list[tuple[torch.Tensor, ...]] = []
+def _pieces(slots: Iterable[AdamSlot], limit: int) -> Iterator[list[AdamSlot]]:
+    """Slots in lists of at most ``limit`` elements; a larger one is cut."""
+    group: list[AdamSlot] = []
     room = limit
     for slot in slots:
-        for piece in zip(*(tensor.split(limit) for tensor in slot[:4]), strict=True):
-            if piece[0].numel() > room:
+        columns = (repeat(None) if tensor is None else tensor.split(limit) for tensor in slot)
+        for piece in map(AdamSlot._make, zip(*columns, strict=False)):
+            if piece.param.numel() > room:
                 yield group
                 group, room = [], limit
             group.append(piece)
-            room -= piece[0].numel()
+            room -= piece.param.numel()
     if group:
         yield group
 
@@ -93,10 +96,10 @@ def fused_adam(slots: Sequence[AdamSlot], settings: AdamSettings) -> None:
     scale = torch.full((), settings.div_scale, device=first.device) if settings.div_scale > 0 else None
     converts = slots[0].grad.dtype != first.dtype
     elements = sum(slot.param.numel() for slot in slots)
-    limit = min(elements, CONVERSION_ELEMENTS) if converts else elements
+    limit = min(elements, CONVERSION_ELEMENTS[first.device.type]) if converts else elements
     buffer = first.new_empty(limit) if converts else None
     for group in _pieces(slots, limit):
-        params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*group, strict=True))
+        params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*group, strict=True))
         if buffer is not None:
             sizes = [grad.numel() for grad in grads]
             converted = list(buffer.narrow(0, 0, sum(sizes)).split(sizes))
@@ -119,9 +122,9 @@ def fused_adam(slots: Sequence[AdamSlot], settings: AdamSettings) -> None:
             grad_scale=scale,
             found_inf=None,
         )
-    written = [slot for slot in slots if slot.weights is not None]
-    if written:
-        torch._foreach_copy_([slot.weights for slot in written], [slot.param for slot in written])  # pyright: ignore
+        written = [piece for piece in group if piece.weights is not None]
+        if written:
+            torch._foreach_copy_([piece.weights for piece in written], [piece.param for piece in written])  # pyright: ignore
 
 
 def _adam_arithmetic(
