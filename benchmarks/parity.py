@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.parity_cases import CASES, COMMON, Case, Claim, claims, skips_as_it_must, why_not
+from benchmarks.parity_cases import CASES, COMMON, COMMON_OF_GEMINI, Case, Claim, claims, skips_as_it_must, why_not
 from commons.environment import SUITE_ROOT, describe_environment, python_path
 
 START_SECONDS = 120  # of the ranks, with everything imported
@@ -207,7 +207,13 @@ def write(out: Path, outcomes: list[Outcome], command: str, environment: dict) -
         }
         for outcome in outcomes
     ]
-    document = {"command": command, "common_flags": COMMON, "environment": environment, "cases": cases}
+    document = {
+        "command": command,
+        "common_flags": COMMON,
+        "common_flags_of_gemini": COMMON_OF_GEMINI,
+        "environment": environment,
+        "cases": cases,
+    }
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     versions = environment["versions"] or {}
     hardware = ", ".join(dict.fromkeys(environment["gpus"] or [])) or environment["cpu"]
@@ -215,7 +221,8 @@ def write(out: Path, outcomes: list[Outcome], command: str, environment: dict) -
         f"`{command}`",
         f"{environment['started_at'][:10]}, commit {environment['commit'] or 'unknown'}, {hardware}, torch"
         f" {versions.get('torch')}, Colossal-AI {versions.get('colossalai')}, transformers"
-        f" {versions.get('transformers')}; every case with `{COMMON.removesuffix(' --run_name unused')}`.",
+        f" {versions.get('transformers')}; every case with `{COMMON.removesuffix(' --run_name unused')}`,"
+        f" CAI_Gemini's with `{COMMON_OF_GEMINI}` too.",
         f"{sum(outcome.holds for outcome in outcomes)} of {len(outcomes)} cases hold. By plan, the largest of all its"
         " cases:",
     ]

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.parity_cases import COMMON, POISONED_STEP, Case
+from benchmarks.parity_cases import POISONED_STEP, Case
 from commons import device, parity
 from commons.config import TrainConfig
 from commons.engine import Session, build_session, train_steps
@@ -68,7 +68,7 @@ class Worker:
 
     def run(self, case: Case, number: int) -> dict | None:
         """Train one configuration (collective); on rank 0 everything measured about it."""
-        words = f"{COMMON} --device {self.job.device} {self.job.flags} {case.flags}"
+        words = f"{case.all_flags} --device {self.job.device} {self.job.flags}"
         config = parity.with_known_norms(TrainConfig.from_cli(shlex.split(words)))
         session = build_session(config, self.here)
         if case.scale_grows:

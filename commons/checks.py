@@ -75,6 +75,7 @@ LIMITS: dict[str, Limit] = {
     "warmup_non_model_data_ratio": _fraction(0.8),
     "steady_cuda_cap_ratio": _fraction(0.9),
     "max_prefetch": Limit(0, low=0),
+    "blocks_per_chunk": Limit(1, low=1),
     "tp_degree": Limit(1, low=1),
     "pp_degree": Limit(1, low=1),
     "zero_stage": Limit(1, low=0, high=2),
@@ -328,7 +329,7 @@ def _pipeline(job: Job) -> Iterator[str]:
 ABILITIES: dict[str, tuple[str, ...]] = {
     "placement": (
         "placement", *FRACTIONS, "warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "max_prefetch",
-        "gemini_hooks",
+        "blocks_per_chunk", "gemini_hooks",
     ),
     "tensor_parallel": ("tp_degree",),
     "sequence_parallel": ("sequence_parallel",),

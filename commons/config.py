@@ -22,6 +22,10 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"model_type": "gpt2_tiny", "batch_size": 4, "seq_len": 64},
 }
 
+# Parameters in one of Gemini's chunks, at least: 4 MiB in bf16. Below, a collective takes longer to begin than to send,
+# and ranks wait for each other more often than they need.
+SMALLEST_CHUNK = 2**21
+
 FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 
 # The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user
@@ -97,6 +101,12 @@ class PlanFlags:
     )
     steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
     max_prefetch: int = _flag(0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N")
+    blocks_per_chunk: int | None = _flag(
+        None,
+        "Gemini: transformer blocks that are gathered, and whose gradients are averaged, together (default: as many as"
+        " have two million parameters, at least one)",
+        "N",
+    )
     gemini_hooks: Literal["block", "operation"] = _flag(
         "block",
         "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"
@@ -246,6 +256,9 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
             chosen |= {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_heads": shape.heads}
             chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
         batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
+        chosen["blocks_per_chunk"] = _default_blocks_per_chunk(
+            self.num_layers or chosen.get("num_layers", 1), self.hidden_size or chosen.get("hidden_size", 1)
+        )
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
         unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
         # a shell leaves the ~ in --log_dir=~/logs as it is
@@ -311,6 +324,10 @@ def _shape_or_none(model_type: str) -> ModelShape | None:
     from model_zoo import MODEL_SIZES
 
     return MODEL_SIZES.get(model_type)
+
+
+def _default_blocks_per_chunk(layers: int, hidden: int) -> int:
+    return max(1, min(layers, SMALLEST_CHUNK // (12 * hidden * hidden)))
 
 
 def _default_microbatches(batch_size: int, pp_degree: int) -> int:

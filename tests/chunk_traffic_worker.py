@@ -12,7 +12,7 @@ from commons.config import TrainConfig
 from commons.engine import build_session, train_steps
 
 STEPS = 3
-FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--run_name", "unused"]
+FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--run_name", "unused", "--blocks_per_chunk", "1"]
 
 
 def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:

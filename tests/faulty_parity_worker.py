@@ -58,7 +58,7 @@ def leave_chunks_unaligned() -> None:
     import_colossalai()
     from commons.colossal import boosted
 
-    def chunk_configuration(shape: Any, zero_size: int, tp_degree: int) -> dict:
+    def chunk_configuration(shape: Any, zero_size: int, tp_degree: int, blocks: int) -> dict:
         return {zero_size: {"chunk_size": 4 * shape.hidden**2 // tp_degree, "keep_gathered": False}}
 
     boosted.chunk_configuration = chunk_configuration

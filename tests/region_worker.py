@@ -29,6 +29,8 @@ FLAGS = [
     "unused",
     "--compile",
     "off",
+    "--blocks_per_chunk",
+    "1",
 ]
 
 CASES = {
@@ -40,6 +42,7 @@ CASES = {
     "all on the host, accumulation": "--placement cpu --grad_accum 2 --clip_grad_norm 0.5",
     "half of the optimizer on the host": "--placement const --clip_grad_norm 0.3",
     "auto, accumulation, prefetch": "--placement auto --grad_accum 2 --max_prefetch 2",
+    "two blocks a chunk": "--blocks_per_chunk 2 --max_prefetch 1",
     "half sharded": "--shard_param_frac 0.5 --offload_optim_frac 0.5",
     "kept gathered, prefetch": "--shard_param_frac 0 --max_prefetch 2",
     "prefetch from the host, recompute": "--max_prefetch 2 --placement cpu --activation_checkpointing on",

@@ -42,6 +42,7 @@ DRAWN: dict[str, list[str | None]] = {
     "offload_param_frac": [None, None, None, "0.3", "1", "nan"],
     "warmup_non_model_data_ratio": [None, None, None, None, "0.5"],
     "max_prefetch": [None, None, None, "2", "-2"],
+    "blocks_per_chunk": [None, None, None, "2", "0"],
     "gemini_hooks": [None, None, None, "operation"],
     "precision": [None, "bf16", "fp16", "fp32"],
     "initial_loss_scale": [None, None, None, None, "1024", "0.5"],

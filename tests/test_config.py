@@ -295,6 +295,7 @@ def test_right_settings_are_not_complained_about(settings: dict) -> None:
         ({"placement": "cpu"}, "--placement cpu"),
         ({"offload_optim_frac": 0.5}, "--offload_optim_frac 0.5"),
         ({"max_prefetch": 2}, "--max_prefetch 2"),
+        ({"blocks_per_chunk": 2}, "--blocks_per_chunk 2"),
         ({"tp_degree": 2}, "--tp_degree 2"),
         ({"pp_degree": 2}, "--pp_degree 2"),
         ({"zero_stage": 0}, "--zero_stage 0"),

@@ -83,7 +83,12 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,
-        chunk_config_dict=chunk_configuration(config.shape(), device.world_size // config.tp_degree, config.tp_degree),
+        chunk_config_dict=chunk_configuration(
+            config.shape(),
+            zero_size=device.world_size // config.tp_degree,
+            tp_degree=config.tp_degree,
+            blocks=config.blocks_per_chunk,  # pyright: ignore[reportArgumentType]
+        ),
         tp_size=config.tp_degree,
     )
     plugin.shard_config.make_vocab_size_divisible_by = 1  # model_zoo has padded already; tp_degree divides what it made

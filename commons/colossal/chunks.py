@@ -1,5 +1,5 @@
-"""Gemini's chunks cut at the boundaries of transformer blocks, so that one gather serves one block and one
-reduction follows it.
+"""Gemini's chunks cut at the boundaries of transformer blocks, so that one gather serves one block (or some small ones)
+and one reduction follows it.
 
 Left to itself, Gemini searches a chunk size between 32 and 64 million elements. A model smaller than that
 becomes one chunk that every rank keeps whole, so that nothing is sharded (and gradient accumulation is wrong:
@@ -28,13 +28,15 @@ def block_elements(shape: ModelShape, tp_degree: int = 1) -> int:
     return (12 * hidden * hidden + 7 * hidden) // tp_degree + 6 * hidden
 
 
-def chunk_configuration(shape: ModelShape, zero_size: int, tp_degree: int = 1) -> dict[int, dict[str, Any]]:
-    """Gemini's ``chunk_config_dict``: chunks of one block, rounded up to a multiple of the ranks that share
-    them.
+def chunk_configuration(
+    shape: ModelShape, zero_size: int, tp_degree: int = 1, blocks: int = 1
+) -> dict[int, dict[str, Any]]:
+    """Gemini's ``chunk_config_dict``: chunks of ``blocks`` blocks, or of all where these are fewer, rounded up to a
+    multiple of the ranks that share them.
 
     Larger tensors (the embedding of all but the widest models) get a chunk of their own from Gemini.
     """
-    elements = block_elements(shape, tp_degree)
+    elements = block_elements(shape, tp_degree) * min(blocks, shape.layers)
     return {zero_size: {"chunk_size": elements + -elements % zero_size, "keep_gathered": False}}
 
 
