@@ -17,7 +17,7 @@ from commons.plans import PLANS
 # sequence are a CPU's on a GPU too.
 COMMON = "--model_type gpt2_tiny --batch_size 4 --seq_len 64 --train_step 5 --warmup_step 1 --lr 1e-3 --run_name unused"
 # gpt2_tiny's blocks would share one chunk, and Gemini would have next to nothing to move
-COMMON_OF_GEMINI = "--blocks_per_chunk 1"
+COMMON_OF_GEMINI = "--blocks_per_chunk 1 --max_prefetch 0"
 
 # with this epsilon Adam's update grows with the gradient, so that clipping shows in the weights too
 CLIPPED = "--clip_grad_norm 0.3 --adam_eps 1e-3"
@@ -135,7 +135,7 @@ CASES: dict[int, list[Case]] = {
             f"--placement cuda --precision fp16 {CLIPPED}",
             f"{FRACTIONS}",
             f"{OVERFLOWS} --grad_accum 2",
-            "--blocks_per_chunk 4",
+            "--blocks_per_chunk 4 --max_prefetch 2",
             "--tp_degree 2",
             f"--tp_degree 2 --precision fp16 {CLIPPED}",
             "--tp_degree 2 --placement cpu --grad_accum 2",

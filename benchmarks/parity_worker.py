@@ -74,8 +74,7 @@ class Worker:
         if case.scale_grows:
             double_the_scale_every_step(session)
         records = list(_steps(session, case.poisoned_rank))
-        # upstream leaves what it gathers ahead in an inference unawaited, and the next one fails
-        leak = None if config.max_prefetch else leak_from_last_token(session)
+        leak = leak_from_last_token(session)
         spread = _spread(self.here, [[record.grad_norm or 0.0 for record in records]])
         found: dict[str, Any] = {"leak": leak, "norm_spread": spread, "replica_difference": replica_difference(session)}
         if session.plan.placement:

@@ -100,7 +100,12 @@ class PlanFlags:
         "FRAC",
     )
     steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
-    max_prefetch: int = _flag(0, "Gemini: chunks gathered ahead of their use, while the device still computes", "N")
+    max_prefetch: int | None = _flag(
+        None,
+        "Gemini: chunks gathered ahead of their use, while the device still computes (default: 2, with a hook an"
+        " operation 0)",
+        "N",
+    )
     blocks_per_chunk: int | None = _flag(
         None,
         "Gemini: transformer blocks that are gathered, and whose gradients are averaged, together (default: as many as"
@@ -259,6 +264,7 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         chosen["blocks_per_chunk"] = _default_blocks_per_chunk(
             self.num_layers or chosen.get("num_layers", 1), self.hidden_size or chosen.get("hidden_size", 1)
         )
+        chosen["max_prefetch"] = 2 if self.gemini_hooks == "block" and self.tp_degree == 1 else 0
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
         unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
         # a shell leaves the ~ in --log_dir=~/logs as it is

@@ -31,6 +31,8 @@ FLAGS = [
     "off",
     "--blocks_per_chunk",
     "1",
+    "--max_prefetch",
+    "0",
 ]
 
 CASES = {

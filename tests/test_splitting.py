@@ -69,6 +69,10 @@ FAULTS: dict[str, dict[Case, Callable[[dict], bool]]] = {
             Case(f"{plan} {GROWING}", scale_grows=True): lambda found: max(found["weights"].values()) > 0.4
             for plan in ("--distplan CAI_Gemini", f"{HYBRID} --tp_degree 2", "--distplan CAI_ZeRO1")
         },
+        # GeminiDDP._post_forward: what the first inference gathered ahead stops the second
+        Case("--distplan CAI_Gemini --max_prefetch 2"): lambda found: found["error"].startswith(
+            "AssertionError in add_work"
+        ),
     },
     "unaligned_chunks": {
         # a weight and its bias in different chunks: fetching one drops the other before its gradient is in
@@ -128,13 +132,6 @@ def test_it_is_the_reference_s_model(measured, device: str, ranks: int, case: Ca
     assert Outcome(ranks, case, found, device).holds, (broken(Outcome(ranks, case, found, device)), told)
     bound = WEIGHT_BOUNDS[case.precision]
     assert {name: distance for name, distance in found["weights"].items() if not distance <= bound} == {}
-
-
-def test_only_prefetch_keeps_a_case_from_the_test_of_causality(measured) -> None:
-    """Colossal-AI cannot run two inferences with max_prefetch."""
-    for ranks in CASES:
-        for case, found in measured("cpu", ranks)[0].items():
-            assert (found["leak"] is None) == ("--max_prefetch" in case.flags), case
 
 
 def test_every_placement_runs_on_every_number_of_ranks_and_with_everything() -> None:

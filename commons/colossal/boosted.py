@@ -79,7 +79,8 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         precision=config.base_precision,
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
-        max_prefetch=config.max_prefetch,
+        # a rank alone has its chunks already
+        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,  # pyright: ignore
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,

@@ -25,6 +25,7 @@ from colossalai.booster.plugin import hybrid_parallel_plugin
 from colossalai.checkpoint_io.utils import gather_distributed_param
 from colossalai.tensor.d_tensor import api, is_customized_distributed_tensor, is_distributed_tensor
 from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy
 
@@ -254,6 +255,29 @@ def _mend_unscaling() -> None:
     FP16MixedPrecisionMixin.get_grad_div_scale = remembered
 
 
+# --- Inference with chunks gathered ahead -------------------------------------------------------------------
+
+
+def _gathered_ahead_is_forgotten() -> bool:
+    """End an inference while a chunk is still on its way: upstream does not wait for it."""
+    arrived: list[bool] = []
+    manager = SimpleNamespace(async_works={"chunk": SimpleNamespace(wait=lambda: arrived.append(True))})
+    manager.wait_chunks = lambda chunks: [manager.async_works.pop(chunk).wait() for chunk in chunks]
+    chunks = SimpleNamespace(accessed_chunks=set(), accessed_mem=0)
+    GeminiDDP._post_forward(SimpleNamespace(chunk_manager=chunks, gemini_manager=manager))  # pyright: ignore
+    return not arrived
+
+
+def _mend_inference() -> None:
+    post_forward = GeminiDDP._post_forward
+
+    def await_and_scatter(self: Any) -> None:
+        self.gemini_manager.wait_chunks(list(self.gemini_manager.async_works))
+        post_forward(self)
+
+    GeminiDDP._post_forward = await_and_scatter
+
+
 FIXES = (
     Fix(
         "zero/gemini/placement_policy.py",
@@ -293,6 +317,14 @@ FIXES = (
         " step's gradients are half of what they should be",
         _unscaling_is_wrong,
         _mend_unscaling,
+    ),
+    Fix(
+        "zero/gemini/gemini_ddp.py",
+        "GeminiDDP._post_forward",
+        "with max_prefetch a second inference fails with an assertion: what the first one had gathered ahead and not"
+        " used still counts as on its way",
+        _gathered_ahead_is_forgotten,
+        _mend_inference,
     ),
 )
 
