@@ -107,11 +107,13 @@ class Job:
     """A configuration and the machine that is to run it.
 
     Attributes:
+        given: the configuration before anything was chosen for the user.
         plan, shape: None where the plan or the size does not exist.
         gpu_count: GPUs that this node's processes see.
     """
 
     config: TrainConfig
+    given: TrainConfig
     plan: Plan | None
     shape: ModelShape | None
     world_size: int
@@ -132,7 +134,7 @@ def problems(
     """Everything that would keep ``config`` from running, a line each, empty if nothing.
 
     Args:
-        config: resolved or not; the fractions are judged either way.
+        config: as the user gave it, not resolved: what is chosen for him is not held against him.
         world_size: ranks in all; ``local_world_size`` of them on this node (default: all).
         device_type: "cuda" or "cpu", what ``config.device`` came out as.
         gpu_count: GPUs visible here.
@@ -146,9 +148,10 @@ def problems(
             found.append(_means_nothing(plan, name, value) or problem)
             wrong[name] = DEFAULTS[name]
     # what depends on a number out of its range is judged with the default in its place: no division by zero
-    config = dataclasses.replace(config, **wrong).resolve(device_type)
+    given = dataclasses.replace(config, **wrong)
+    config = given.resolve(device_type)
     shape = config.shape() if _model_sizes().get(str(config.model_type)) else None
-    job = Job(config, plan, shape, world_size, local_world_size or world_size, device_type, gpu_count)
+    job = Job(config, given, plan, shape, world_size, local_world_size or world_size, device_type, gpu_count)
     return found + [problem for check in CHECKS for problem in check(job)]
 
 
@@ -349,14 +352,15 @@ def _means_nothing(plan: Plan | None, name: str, value: Any) -> str | None:
 
 
 def _abilities(job: Job) -> Iterator[str]:
-    """Settings that the plan does not have, where they differ from what they are when nobody gives them."""
+    """Settings that somebody gave and the plan does not have."""
     from commons.plans import PLANS
 
     if job.plan is None:
         return
     for name in (name for names in ABILITIES.values() for name in names):
-        problem = _means_nothing(job.plan, name, getattr(job.config, name))
-        if problem and _was_chosen(job, name):
+        value = getattr(job.given, name)
+        problem = None if value == DEFAULTS[name] else _means_nothing(job.plan, name, value)
+        if problem:
             yield problem
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
@@ -19,6 +20,7 @@ from commons.config import FLAG_GROUPS, TrainConfig
 from commons.guard import WATCH_VARIABLE
 
 CONFIG_ERROR = 2  # exit code, argparse's own
+TELLING_SECONDS = 15.0  # after which rank 0 has told what is wrong, however slow its imports
 
 DESCRIPTION = """\
 Trains a GPT-2 on random tokens under one of the plans below and tells, every step, how fast it was (tokens
@@ -216,6 +218,8 @@ def read_rank_command_line(argv: Sequence[str]) -> TrainConfig:
     if found:
         if speaks:
             report(found)
+        else:
+            time.sleep(TELLING_SECONDS)  # torchrun ends all ranks at the first that ends, and rank 0 has to speak
         sys.exit(CONFIG_ERROR)
     return config
 
@@ -224,12 +228,11 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Tr
     """The resolved configuration of a command line on this machine, and every problem with it."""
     from commons.plans import PLANS
 
-    config = line.config()
-    device_type, gpu_count = find_devices(config.device)
-    config = config.resolve(device_type)
-    plan = PLANS.get(config.distplan)
-    found = problems(config, world_size, device_type, gpu_count, plan, local_world_size=local_world_size)
-    return config, [*line.problems, *found]
+    given = line.config()
+    device_type, gpu_count = find_devices(given.device)
+    plan = PLANS.get(given.distplan)
+    found = problems(given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size)
+    return given.resolve(device_type), [*line.problems, *found]
 
 
 def find_devices(wanted: str) -> tuple[str, int]:

@@ -61,9 +61,7 @@ class Attempt:
     flags: tuple[tuple[str, str], ...]
 
     def problems(self) -> list[str]:
-        config = TrainConfig(**{name: read_value(name, value, HINTS[name]) for name, value in self.flags}).resolve(
-            "cpu"
-        )
+        config = TrainConfig(**{name: read_value(name, value, HINTS[name]) for name, value in self.flags})
         return problems(config, self.ranks, "cpu", 0, PLANS.get(config.distplan))
 
     def with_changes(self, changes: dict[str, str | None]) -> Attempt:

@@ -32,8 +32,7 @@ ABLE = dataclasses.replace(
 
 def found(*, world_size: Any = 1, device: Any = "cpu", gpu_count: Any = 0, plan: Any = ABLE, **settings: Any) -> str:
     """All problems of these settings as one text."""
-    config = TrainConfig(**settings)
-    return "\n".join(problems(config.resolve(device), world_size, device, gpu_count, plan))
+    return "\n".join(problems(TrainConfig(**settings), world_size, device, gpu_count, plan))
 
 
 def read(*argv: str) -> tuple[TrainConfig, str]:
@@ -53,10 +52,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", DEVICE_DEFAULTS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_defaults_are_complete_and_without_problems(device: str, plan: str) -> None:
-    config = TrainConfig(distplan=plan).resolve(device)
+    given = TrainConfig(distplan=plan)
+    config = given.resolve(device)
     unset = [name for name, value in config.as_dict().items() if value is None]
     assert unset == ["run_name"]
-    assert problems(config, 1, device, 1, PLANS[plan]) == []
+    assert problems(given, 1, device, 1, PLANS[plan]) == []
     assert config.resolve(device) == config
 
 
@@ -294,7 +294,9 @@ def test_right_settings_are_not_complained_about(settings: dict) -> None:
     [
         ({"placement": "cpu"}, "--placement cpu"),
         ({"offload_optim_frac": 0.5}, "--offload_optim_frac 0.5"),
+        ({"max_prefetch": 0}, "--max_prefetch 0"),
         ({"max_prefetch": 2}, "--max_prefetch 2"),
+        ({"blocks_per_chunk": 1}, "--blocks_per_chunk 1"),
         ({"blocks_per_chunk": 2}, "--blocks_per_chunk 2"),
         ({"tp_degree": 2}, "--tp_degree 2"),
         ({"pp_degree": 2}, "--pp_degree 2"),

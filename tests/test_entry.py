@@ -52,6 +52,18 @@ def test_torchrun_tells_them_once(tmp_path: Path) -> None:
     check_told_once(console.split("torch.distributed.elastic")[0].split("Traceback")[0], tmp_path)
 
 
+def test_torchrun_tells_them_though_rank_0_comes_last(tmp_path: Path) -> None:
+    """The first rank to end takes the others with it."""
+    script = tmp_path / "slow.py"
+    slow = "import os, sys, time; time.sleep(0 if int(os.environ['RANK']) else 2)"
+    script.write_text(
+        f"{slow}; sys.path.insert(0, {str(REPOSITORY)!r})\nimport train_gpt_demo as demo\ndemo.main(sys.argv[1:])\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    returncode, console = run_processes([*torchrun, str(script), *WRONG])
+    assert returncode == 1 and all(words in console for words in TOLD), console
+
+
 def test_plain_python_trains(tmp_path: Path) -> None:
     flags = ["--log_dir", str(tmp_path), "--train-step", "2", "--warmup-step", "1", "--device", "cpu"]
     returncode, console = run_processes([sys.executable, SCRIPT, *flags, "--run_name", "plain"])

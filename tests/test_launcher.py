@@ -262,7 +262,7 @@ def test_a_signal_ends_the_ranks_too(tmp_path: Path, signum: signal.Signals, bod
     run.process.send_signal(signum)
     run.wait(timeout=30)
     assert time.monotonic() - start < 10
-    assert run.code == 128 + signum
+    assert run.code == 128 + signum, run.stderr
     assert not any(map(is_alive, pids))
     assert run.stderr.splitlines()[-1] == f"Stopped by {signum.name} before the first step was done."
     assert "Traceback" not in run.stderr
