@@ -1,7 +1,7 @@
 """The same model under every plan and layout: a table of how far each is from one fp32 process.
 
     python -m benchmarks.parity --out parity                             on this machine's GPUs, else on CPU ranks
-    python -m benchmarks.parity --ranks 1 2 --device cuda --out parity
+    python -m benchmarks.parity --ranks 1 2 --device cuda --jobs 4 --out parity
     python -m benchmarks.parity --only "tp_degree 2" -- --compile off    some cases, a flag for all of them
 
 Trains every case of benchmarks/parity_cases.py that so many ranks can run; writes OUT.json (everything measured,
@@ -19,8 +19,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,6 +86,35 @@ def run_cases(
             tell(case, found)
             results.append(found)
     return results
+
+
+def run_side_by_side(
+    jobs: int,
+    ranks: int,
+    cases: Sequence[Case],
+    device_type: str,
+    folder: Path,
+    *,
+    flags: str = "",
+    tell: Callable[[Case, dict], None] = lambda case, found: None,
+) -> list[dict]:
+    """As run_cases, with ``cases`` dealt out to ``jobs`` groups of ranks that share the devices; ``tell`` is called
+    by one of them at a time.
+    """
+    one_at_a_time = threading.Lock()
+
+    def tell_alone(case: Case, found: dict) -> None:
+        with one_at_a_time:
+            tell(case, found)
+
+    def run_share(share: int) -> list[dict]:
+        own = folder / str(share)
+        own.mkdir()
+        return run_cases(ranks, cases[share::jobs], device_type, own, flags=flags, tell=tell_alone)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        shares = list(pool.map(run_share, range(jobs)))
+    return [shares[number % jobs][number // jobs] for number in range(len(cases))]
 
 
 def _findings(ranks: int, script: Sequence[str], report: Path, count: int) -> Iterator[dict]:
@@ -243,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--ranks", type=int, nargs="+", choices=CASES, help="default: all that the machine can run")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="files to write, without their ending")
+    parser.add_argument("--jobs", type=int, default=1, help="cases that are trained at the same time")
     parser.add_argument("--only", default="", help="cases whose text holds this")
     parser.add_argument("flags", nargs="*", help="after --, of train_gpt_demo.py, for all cases")
     arguments = parser.parse_args(argv)
@@ -266,13 +298,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"left out: {reason}", flush=True)
 
         def tell(case: Case, found: dict, ranks: int = ranks) -> None:
-            outcomes.append(Outcome(ranks, case, found, device_type))
-            verdict = "failed" if "error" in found else "holds" if outcomes[-1].holds else broken(outcomes[-1])
+            outcome = Outcome(ranks, case, found, device_type)
+            outcomes.append(outcome)
+            outcomes.sort(key=lambda outcome: (outcome.ranks, CASES[outcome.ranks].index(outcome.case)))
+            verdict = "failed" if "error" in found else "holds" if outcome.holds else broken(outcome)
             print(f"{ranks} ranks: {case}: {verdict}", flush=True)
             write(arguments.out, outcomes, command, environment)
 
         with tempfile.TemporaryDirectory() as folder:
-            run_cases(ranks, cases, device_type, Path(folder), flags=shlex.join(arguments.flags), tell=tell)
+            flags, jobs = shlex.join(arguments.flags), max(1, arguments.jobs)
+            run_side_by_side(jobs, ranks, cases, device_type, Path(folder), flags=flags, tell=tell)
     return 0 if outcomes and all(outcome.holds for outcome in outcomes) else 1
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from suite_runs import launch, run_processes
 
-from benchmarks.parity import Outcome, broken, run_cases
+from benchmarks.parity import Outcome, broken, run_cases, run_side_by_side
 from benchmarks.parity_cases import (
     CASES,
     GROWING,
@@ -35,6 +35,7 @@ from commons.plans import PLANS
 pytestmark = pytest.mark.timeout(1200)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU_JOBS = 6
 PARAMETERS = [pytest.param(ranks, case, id=f"{ranks}: {case}") for ranks, cases in CASES.items() for case in cases]
 KEPT = {ranks: [str(case) for case in cases] for ranks, cases in SAME_ON_TWO_COPIES.items()}
 
@@ -101,7 +102,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory):
             pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
         folder = tmp_path_factory.mktemp(f"{device}{ranks}")
         cases = [case for case in CASES[ranks] if why_not(case, device) is None]
-        return dict(zip(cases, run_cases(ranks, cases, device, folder, keep=KEPT.get(ranks, ())), strict=True)), folder
+        if device == "cuda":  # cores there are enough, and compiling takes long
+            found = run_side_by_side(GPU_JOBS, ranks, cases, device, folder)
+        else:
+            found = run_cases(ranks, cases, device, folder, keep=KEPT.get(ranks, ()))
+        return dict(zip(cases, found, strict=True)), folder
 
     return run
 
