@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "tokens/s": lambda runs: _spread(runs, "tokens_per_second", 1, 0),
     "model TFLOPS a device": lambda runs: _spread(runs, "model_tflops_per_device", 1, 1),
     "MFU": lambda runs: _spread(runs, "mfu", 100, 1),
+    "start to first step, s": lambda runs: _range([run["first_step_seconds"] for run in runs], 1, 1),
     "peak memory, MiB": lambda runs: _range([run["peak_device_memory_mib"] for run in runs], 1, 0),
 }
 
@@ -135,13 +137,29 @@ def run_case(case: Case, common: list[str]) -> dict:
             *case.flags,
         ]
         environment = {**os.environ, "GPUNUM": str(case.ranks)}
-        finished = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
-        )
-        summary = Path(log_dir) / "run" / "summary.json"
-        if finished.returncode or not summary.exists():
-            return {"error": (finished.stdout + finished.stderr)[-2000:], "returncode": finished.returncode}
-        return json.loads(summary.read_text())
+        run_dir, console = Path(log_dir) / "run", Path(log_dir) / "console"
+        with console.open("w") as output:
+            start = time.monotonic()
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            first_step_seconds = _wait(process, run_dir / "metrics.jsonl", start)
+        summary = run_dir / "summary.json"
+        if process.returncode or not summary.exists():
+            return {"error": console.read_text()[-2000:], "returncode": process.returncode}
+        return {**json.loads(summary.read_text()), "first_step_seconds": first_step_seconds}
+
+
+def _wait(process: subprocess.Popen, metrics: Path, start: float) -> float | None:
+    """Until the process has ended, killed after CASE_SECONDS; when the first step was logged, None if never."""
+    first_step_seconds = None
+    while process.poll() is None:
+        now = time.monotonic() - start
+        if first_step_seconds is None and metrics.exists() and metrics.stat().st_size:
+            first_step_seconds = now
+        if now > CASE_SECONDS:
+            process.terminate()  # the launcher ends its ranks
+            process.wait()
+        time.sleep(0.05)
+    return first_step_seconds
 
 
 def table(cases: list[Case], results: dict[str, list[dict]]) -> str:
