@@ -31,7 +31,7 @@ from commons.environment import SUITE_ROOT, describe_environment, python_path
 
 START_SECONDS = 120  # of the ranks, with everything imported
 CASE_SECONDS = 90  # at most, with compilation
-ERROR_CHARACTERS = 4000
+ERROR_CHARACTERS = 12000  # torchrun's own report comes last
 
 WORKER = ("-m", "benchmarks.parity_worker")
 

@@ -11,6 +11,7 @@ for one another, so nothing can follow.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import functools
 import gc
 import json
@@ -35,6 +36,7 @@ from commons.engine import Session, build_session, train_steps
 from commons.metrics import StepRecord
 
 COLLECTIVE_SECONDS = 120.0  # what a rank may wait for another one that compiles
+HANG_SECONDS = 80.0  # less than benchmarks.parity gives a case
 
 
 @dataclass(frozen=True)
@@ -344,6 +346,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
         dist.broadcast_object_list(shared, src=0)
         worker = Worker(job, here, Path(shared[0]))
         for number, case in enumerate(Case(**fields) for fields in job.cases):
+            faulthandler.dump_traceback_later(HANG_SECONDS)  # where a case hangs that the tool is about to end
             try:
                 found = worker.run(case, number)
             except (Exception, SystemExit) as error:
@@ -354,6 +357,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             if here.rank == 0:
                 with Path(job.results).open("a") as results:
                     results.write(json.dumps(found) + "\n")
+            faulthandler.cancel_dump_traceback_later()
             here.synchronize()
             dist.barrier()  # nobody takes its process groups down while another one still uses them
             _forget()

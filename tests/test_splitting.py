@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from suite_runs import launch, run_processes
 
-from benchmarks.parity import Outcome, broken, run_cases, run_side_by_side
+from benchmarks.parity import Outcome, broken, run_cases, run_side_by_side, write
 from benchmarks.parity_cases import (
     CASES,
     GROWING,
@@ -29,6 +30,7 @@ from benchmarks.parity_cases import (
     why_not,
 )
 from commons.config import FRACTIONS, PLACEMENTS
+from commons.environment import describe_environment
 from commons.plans import PLANS
 
 # The first test that asks for a number of ranks waits for all its cases: 70 of them take three minutes.
@@ -94,7 +96,11 @@ FAULTS: dict[str, dict[Case, Callable[[dict], bool]]] = {
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory):
-    """(device, ranks) -> what the worker measured of each case, and its folder; started when first asked for."""
+    """(device, ranks) -> what the worker measured of each case, and its folder; started when first asked for.
+
+    GEMINI_PARITY_OUT=FILE: what GPUs gave is written to FILE.json and FILE.md too, as benchmarks.parity does.
+    """
+    on_gpus: list[Outcome] = []
 
     @functools.cache
     def run(device: str, ranks: int) -> tuple[dict[Case, dict], Path]:
@@ -104,6 +110,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory):
         cases = [case for case in CASES[ranks] if why_not(case, device) is None]
         if device == "cuda":  # cores there are enough, and compiling takes long
             found = run_side_by_side(GPU_JOBS, ranks, cases, device, folder)
+            on_gpus.extend(Outcome(ranks, *pair, device) for pair in zip(cases, found, strict=True))
+            if "GEMINI_PARITY_OUT" in os.environ:
+                out = Path(os.environ["GEMINI_PARITY_OUT"])
+                write(out, on_gpus, "python -m pytest -m gpu tests/test_splitting.py", describe_environment(None))
         else:
             found = run_cases(ranks, cases, device, folder, keep=KEPT.get(ranks, ()))
         return dict(zip(cases, found, strict=True)), folder

@@ -21,7 +21,6 @@ from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.chunk.chunk import TensorState, alloc_storage, free_storage, is_storage_empty
 
-_scatter = Chunk._Chunk__scatter  # pyright: ignore[reportAttributeAccessIssue]
 _gather = Chunk._Chunk__gather  # pyright: ignore[reportAttributeAccessIssue]
 _update_tensors_ptr = Chunk._Chunk__update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]
 _shard_move = Chunk.shard_move
@@ -33,12 +32,29 @@ def _is_alone(chunk: Chunk) -> bool:
 
 
 def scatter(self: Any) -> None:
-    """``Chunk.__scatter``: on one rank the part is the whole."""
-    if not _is_alone(self):
-        _scatter(self)
-    elif self.is_gathered:
+    """``Chunk.__scatter``: on one rank the part is the whole; on several the whole is freed only after the part has
+    been copied from it.
+
+    Under gradient accumulation Gemini does this on its stream for reductions, and upstream frees at once: the next
+    allocation on the computing stream wrote into parameters that were still to be copied. Seen on two H100s on
+    2026-11-25, as losses that differed from run to run.
+    """
+    if self.keep_gathered or not self.is_gathered:
+        return
+    if _is_alone(self):
         self.cuda_shard = self.cuda_global_chunk.detach()
-        self.is_gathered = False
+    else:
+        self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
+        if _computes_here(self.cuda_global_chunk):
+            free_storage(self.cuda_global_chunk)
+        else:
+            _free_after_this_stream(self.cuda_global_chunk)
+    self.is_gathered = False
+
+
+def _computes_here(tensor: torch.Tensor) -> bool:
+    """Whether the current stream is the computing one, behind which whatever is gathered or reduced next waits."""
+    return not tensor.is_cuda or get_accelerator().current_stream() == get_accelerator().default_stream()
 
 
 def gather(self: Any, async_op: bool = False) -> Any:
