@@ -63,16 +63,22 @@ class Job:
 
 
 class Worker:
-    """One rank's way through a job's cases."""
+    """One rank's way through a job's cases.
+
+    Attributes:
+        session: of the case at hand, or the last one. Its end is collective too: communicators of NCCL wait for one
+            another to be destroyed.
+    """
 
     def __init__(self, job: Job, here: device.Device, scratch: Path) -> None:
         self.job, self.here, self.scratch = job, here, scratch
+        self.session: Session | None = None
 
     def run(self, case: Case, number: int) -> dict | None:
         """Train one configuration (collective); on rank 0 everything measured about it."""
         words = f"{case.all_flags} --device {self.job.device} {self.job.flags}"
         config = parity.with_known_norms(TrainConfig.from_cli(shlex.split(words)))
-        session = build_session(config, self.here)
+        self.session = session = build_session(config, self.here)
         if case.scale_grows:
             double_the_scale_every_step(session)
         records = list(_steps(session, case.poisoned_rank))
@@ -360,6 +366,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             faulthandler.cancel_dump_traceback_later()
             here.synchronize()
             dist.barrier()  # nobody takes its process groups down while another one still uses them
+            worker.session = None
             _forget()
     device.teardown()
 
