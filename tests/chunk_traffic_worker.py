@@ -37,6 +37,7 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
 
     def move(chunk, to, *args, **kwargs):
         counts[f"moves to {to.type}"] += chunk.device_type != to.type
+        counts[f"bytes to {to.type}"] += chunk.chunk_mem if chunk.device_type != to.type else 0
         return originals[2](chunk, to, *args, **kwargs)
 
     steps = train_steps(session)
@@ -69,6 +70,14 @@ def main() -> None:
     print("all offloaded:", dict(offloaded))
     assert offloaded["moves to cuda"] >= 2 * len(chunks) - 1
     assert offloaded["moves to cpu"] >= 2 * len(chunks) - 1
+
+    # each chunk's gradients go to the host once a step, and after the forward pass a fraction of the parameters
+    whole, largest = sum(chunk.chunk_mem for chunk in chunks), max(chunk.chunk_mem for chunk in chunks)
+    for fraction in (0.0, 0.3, 0.6):
+        _, some = count_traffic(here, "--offload_optim_frac", "1", "--offload_param_frac", str(fraction))
+        print(fraction, "of the parameters wait on the host:", dict(some))
+        waiting = some["bytes to cpu"] - whole
+        assert fraction * whole - largest < waiting <= fraction * whole, (fraction, waiting, whole)
 
     chunks, kept = count_traffic(here, "--shard_param_frac", "0")
     print("all kept:", dict(kept))
