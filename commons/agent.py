@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed.elastic.rendezvous.registry as rendezvous
+from torch.distributed.elastic import multiprocessing
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -23,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from commons.doctor.failure import LAUNCHER_RUN_ID
 from commons.nodes import Nodes
+from commons.stop_signals import StopSignals
 from commons.watch import Watch
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Agent(LocalElasticAgent):
     """The engine's agent, which also watches for ranks that hang, and knows what a restart cannot help.
 
     Args:
+        stop: what it has kept is raised before and after what the engine does.
         begin: called with the number of an attempt, from 1, before its ranks start.
         is_final: whether ranks that failed so would fail again.
         on_restart: called with the failures and the number of the attempt that follows.
@@ -55,6 +58,7 @@ class Agent(LocalElasticAgent):
         self,
         spec: WorkerSpec,
         logs_specs: DefaultLogsSpecs,
+        stop: StopSignals,
         watch: Watch,
         begin: Callable[[int], None],
         is_final: Callable[[Failures], bool],
@@ -62,20 +66,25 @@ class Agent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs_specs)
         self._shutdown_timeout = SHUTDOWN_SECONDS  # torch 2.13 takes it as an argument, 2.5 has it nowhere
-        self._watch, self._begin, self._is_final, self._on_restart = watch, begin, is_final, on_restart
+        self._stop, self._watch = stop, watch
+        self._begin, self._is_final, self._on_restart = begin, is_final, on_restart
 
     @property
     def _attempt(self) -> int:
         return self._worker_group.spec.max_restarts - self._remaining_restarts + 1
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        self._raise_what_was_kept()
         self._begin(self._attempt)
         pids: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         self._watch.started({worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
+        self._raise_what_was_kept()
         return pids
 
     def _monitor_workers(self, worker_group: Any) -> Any:
+        self._raise_what_was_kept()
         result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        self._raise_what_was_kept()  # ranks that heard it too have not failed
         if not result.is_failed():
             self._watch.look()
         elif self._is_final(result.failures):
@@ -83,6 +92,10 @@ class Agent(LocalElasticAgent):
         elif self._remaining_restarts:
             self._on_restart(result.failures, self._attempt + 1)
         return result
+
+    def _raise_what_was_kept(self) -> None:
+        if self._stop.kept:
+            raise SignalException(f"signal {self._stop.kept}", signal.Signals(self._stop.kept))
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **options: Any) -> None:
         if death_sig == signal.SIGINT:
@@ -99,7 +112,7 @@ def run_agent(
     store: TCPStore,
     folder: Path,
     max_restarts: int,
-    signals: Sequence[signal.Signals],
+    stop: StopSignals,
     **hooks: Any,
 ) -> None:
     """Run ``command`` on this machine's ranks until all have ended.
@@ -107,14 +120,14 @@ def run_agent(
     Args:
         command: arguments of this Python.
         folder: for the engine's error files.
-        signals: those that end the run.
+        stop: keeps the signals that end the run.
         hooks: the further arguments of Agent.
 
     Raises:
         ChildFailedError: ranks failed.
         SignalException: a signal came, and was passed on to the ranks.
     """
-    set_engine_up(signals)
+    set_engine_up(stop)
     parameters = RendezvousParameters(
         backend="static",
         endpoint=f"{nodes.master_addr}:{store.port}",
@@ -135,20 +148,16 @@ def run_agent(
         master_addr=nodes.master_addr,
         master_port=store.port,
     )
-    result: Any = Agent(spec, DefaultLogsSpecs(log_dir=str(folder)), **hooks).run()
+    result: Any = Agent(spec, DefaultLogsSpecs(log_dir=str(folder)), stop, **hooks).run()
     if result.is_failed():
         raise ChildFailedError(name=command[0], failures=result.failures)
 
 
-def set_engine_up(signals: Sequence[signal.Signals]) -> None:
+def set_engine_up(stop: StopSignals) -> None:
     """Settings that torchrun's engine takes from no argument, at least not in every version."""
-
-    def stop(signum: int, _: object) -> None:
-        raise SignalException(f"signal {signum}", signal.Signals(signum))
-
-    for signum in signals:  # torch 2.5 takes four on its own account, whatever it is told
-        signal.signal(signum, stop)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signum.name for signum in signals)
+    # its handler raises at once; torch 2.5 sets it for four signals, whatever it is told
+    multiprocessing.api._terminate_process_handler = stop.answer  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signum.name for signum in stop.handled)
     # it waits 30 s before it kills ranks that do not end
     PContext.close.__defaults__ = (None, SHUTDOWN_SECONDS)
     if "LOGLEVEL" not in os.environ:

@@ -33,10 +33,11 @@ from commons.cli import (
 from commons.config import TrainConfig
 from commons.console_copy import ConsoleCopy
 from commons.doctor import explain_uncaught, explanation, needs_no_traceback
-from commons.ending import FAILURE, STOP_SIGNALS, Ended, read_note, stopped_by
+from commons.ending import FAILURE, Ended, read_note, stopped_by
 from commons.guard import WATCH_VARIABLE
 from commons.lifeline import Lifeline
 from commons.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
+from commons.stop_signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -75,14 +76,6 @@ OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling
 OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
 
 
-class Stopped(BaseException):
-    """A signal asked the launcher to end while torchrun's engine was not there to see to it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 @dataclass(frozen=True)
 class Launch:
     """What is to be run.
@@ -112,30 +105,17 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
         print(help_text(PROG, *variable_lists()), end="")
         return 0
     try:
-        _raise_on_signals()
+        stop = StopSignals()
         launch, found = read_launch(argv, os.environ)
         for line in launch.notices:
             print(line, file=sys.stderr, flush=True)
         if found:
             report(found)
             return CONFIG_ERROR
-        return start(launch, script)
+        return start(launch, script, stop)
     except Stopped as stopped:
         print(f"Stopped by {signal.Signals(stopped.signum).name}.", file=sys.stderr, flush=True)
         return 128 + stopped.signum
-
-
-def _raise_on_signals() -> None:
-    def stop(signum: int, _: object) -> None:
-        raise Stopped(signum)
-
-    for signum in _signals_to_handle():
-        signal.signal(signum, stop)
-
-
-def _signals_to_handle() -> list[signal.Signals]:
-    """The signals that end a run, without those that it is to ignore (nohup ignores SIGHUP)."""
-    return [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def variable_lists() -> tuple[str, ...]:
@@ -233,7 +213,7 @@ def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
     )
 
 
-def start(launch: Launch, script: Path) -> int:
+def start(launch: Launch, script: Path, stop: StopSignals) -> int:
     """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
     try:
         met = meet(launch.nodes, _card(launch), launch.config.timeout)
@@ -253,7 +233,7 @@ def start(launch: Launch, script: Path) -> int:
         return FAILURE
     with console_copy, met.lifeline as lifeline:
         try:
-            code = run_ranks(launch, met.store, script)
+            code = run_ranks(launch, met.store, script, stop)
         except Stopped as stopped:
             if not lifeline.struck:
                 raise
@@ -339,7 +319,7 @@ def _rank_command(launch: Launch, script: Path) -> list[str]:
     return [str(script), *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def run_ranks(launch: Launch, store: TCPStore, script: Path) -> int:
+def run_ranks(launch: Launch, store: TCPStore, script: Path, stop: StopSignals) -> int:
     """Run ``script`` on this machine's ranks with torchrun's engine; returns the exit code when all ended."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -354,32 +334,32 @@ def run_ranks(launch: Launch, store: TCPStore, script: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="run_gemini_") as folder:
         os.environ[WATCH_VARIABLE] = folder
         watch = Watch(Path(folder), nodes, config.timeout, store)
-        course = Course(launch, watch)
-        try:
-            run_agent(
-                _rank_command(launch, script),
-                nodes,
-                store,
-                Path(folder) / "errors",
-                config.max_restarts,
-                _signals_to_handle(),
-                watch=watch,
-                begin=course.begin,
-                is_final=is_final,
-                on_restart=course.report_restart,
-            )
-        except ChildFailedError as error:
-            watch.sweep()
-            return _report_failure(error, nodes, course)
-        except SignalException as error:
-            watch.sweep()
-            return course.report_signal(error.sigval)
-        except RuntimeError as error:  # node 0, which holds the store, has gone
-            print(f"node {nodes.rank} lost the others: {error}", file=sys.stderr, flush=True)
+        course, failed = Course(launch, watch), None
+        with stop.keeping():
+            try:
+                run_agent(
+                    _rank_command(launch, script),
+                    nodes,
+                    store,
+                    Path(folder) / "errors",
+                    config.max_restarts,
+                    stop,
+                    watch=watch,
+                    begin=course.begin,
+                    is_final=is_final,
+                    on_restart=course.report_restart,
+                )
+            except (ChildFailedError, SignalException, RuntimeError) as error:
+                failed = error
+            finally:
+                watch.sweep()
+            if stop.kept:  # what failed, failed for it
+                return course.report_signal(stop.kept)
+        if isinstance(failed, ChildFailedError):
+            return _report_failure(failed, nodes, course)
+        if failed is not None:  # node 0, which holds the store, has gone
+            print(f"node {nodes.rank} lost the others: {failed}", file=sys.stderr, flush=True)
             return FAILURE
-        finally:
-            watch.sweep()
-            _raise_on_signals()  # the engine had its own handlers in place
     return 0
 
 
@@ -458,7 +438,6 @@ def _report_failure(error: ChildFailedError, nodes: Nodes, course: Course) -> in
     course.conclude(ended, replace=read_note(failure.message) is None)
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
     if ended.how == "failed" and read_note(failure.message) is None:
-        _raise_on_signals()  # the engine, whose handlers are in place, has ended
         causes = _causes(failure, lines)
         if causes:
             print(f"\n{causes}", file=sys.stderr, flush=True)

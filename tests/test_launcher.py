@@ -22,9 +22,11 @@ import pytest
 
 from commons import cli, launcher, nodes
 from commons.console_copy import LineCleaner, LogFile
+from commons.ending import STOP_SIGNALS
 from commons.environment import python_path
 from commons.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
 from commons.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
+from commons.stop_signals import StopSignals
 
 LAUNCH = (
     "import sys; from pathlib import Path; from commons.launcher import main;"
@@ -48,16 +50,20 @@ def recorded(function):
 
 
 class Launched:
-    """A launcher at work in ``folder`` on a script made of PRELUDE and ``body``."""
+    """A launcher at work in ``folder`` on a script made of PRELUDE and ``body``.
 
-    def __init__(self, folder: Path, body: str, *flags: str, **variables: str) -> None:
+    Args:
+        before: Python that runs in the launcher's process before the launcher.
+    """
+
+    def __init__(self, folder: Path, body: str, *flags: str, before: str = "", **variables: str) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tmp").mkdir()
         script = folder / "training.py"
         script.write_text(PRELUDE + body)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(script), *flags],
+            [sys.executable, "-c", f"{before}\n{LAUNCH}", str(script), *flags],
             cwd=folder,
             env=environment(TMPDIR=str(folder / "tmp"), **variables),
             stdin=subprocess.DEVNULL,
@@ -270,6 +276,57 @@ def test_a_signal_ends_the_ranks_too(tmp_path: Path, signum: signal.Signals, bod
         assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
 
 
+# SIGTERM at the worst moments, from inside of the launcher.
+AT_WORST = {
+    # as the ranks are looked at, where torch's ``finally`` needs what the next instruction would have set
+    "in the engine's finally": """
+import os, signal, sys, time
+from types import SimpleNamespace
+import torch.distributed.elastic.metrics.api as metrics
+def strike():
+    caller = sys._getframe(1)
+    looks = "_monitor_workers" in str(caller.f_locals.get("key"))
+    if looks and all(os.path.exists(f"note-{rank}.json") for rank in (0, 1)):
+        metrics.time = time
+        os.kill(os.getpid(), signal.SIGTERM)
+    return time.time()
+metrics.time = SimpleNamespace(time=strike)
+""",
+    "behind the engine": """
+import os, signal
+from commons.watch import Watch
+sweep, sweeps = Watch.sweep, []
+def strike(self):
+    sweeps.append(sweep(self))
+    if len(sweeps) == 2:  # the first is before the ranks start
+        os.kill(os.getpid(), signal.SIGTERM)
+Watch.sweep = strike
+""",
+}
+
+
+@pytest.mark.parametrize(("moment", "body"), [*zip(AT_WORST, (STUBBORN, ""), strict=True)])
+def test_a_signal_at_the_worst_moment_is_a_signal(tmp_path: Path, moment: str, body: str) -> None:
+    run = Launched(tmp_path, body, before=AT_WORST[moment]).wait()
+    assert run.code == 128 + signal.SIGTERM, run.stderr
+    assert run.stderr.splitlines()[-1] == "Stopped by SIGTERM before the first step was done."
+    assert "Traceback" not in run.stderr
+
+
+def test_a_second_signal_asks_for_nothing_new(tmp_path: Path) -> None:
+    run = Launched(tmp_path, STUBBORN)
+    pids = [run.note(rank)["pid"] for rank in (0, 1)]
+    start = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(4.5)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait(timeout=30)
+    assert time.monotonic() - start < 10
+    assert run.code == 128 + signal.SIGINT, run.stderr
+    assert run.stderr.splitlines()[-1] == "Stopped by SIGINT before the first step was done."
+    assert not any(map(is_alive, pids))
+
+
 def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
     run = Launched(tmp_path, STUBBORN)
     pids = [run.note(rank)["pid"] for rank in (0, 1)]
@@ -279,14 +336,16 @@ def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = signal.getsignal(signal.SIGHUP)
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        assert signal.SIGHUP not in launcher._signals_to_handle()
+        assert signal.SIGHUP not in StopSignals().handled
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in launcher._signals_to_handle()
+        assert signal.SIGHUP in StopSignals().handled
     finally:
-        signal.signal(signal.SIGHUP, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 # ---- the console
