@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -164,29 +164,46 @@ class Watch:
         return read_pulse(self._pulse(rank)) or Beat(0, 0, "start", self._began)
 
     def _sightings(self) -> list[Sighting]:
-        stacks = self._stacks()
+        states = {rank: process_state(pid) for rank, pid in self._pids.items()}
+        beats = {rank: self._beat(rank) for rank in self._pids}
+        stacks = self._stacks(states)
         mine = []
         for rank, pid in self._pids.items():
-            beat = self._beat(rank)
-            where, stack = beat.where(), stacks.get(rank, "")
-            mine.append(Sighting(rank, self._nodes.rank, pid, beat.count, where, process_state(pid), stack))
+            beat, stack = beats[rank], stacks.get(rank, "")
+            mine.append(Sighting(rank, self._nodes.rank, pid, beat.count, beat.where(), states[rank], stack))
         return mine if self._nodes.count == 1 else self._compare(mine)
 
-    def _stacks(self) -> dict[int, str]:
-        """Ask all ranks that listen for their stacks; one that is stopped cannot answer."""
-        paths = {}
-        for rank, pid in self._pids.items():
-            if read_pulse(self._pulse(rank)) is not None and process_state(pid) not in NOT_RUNNING:
-                paths[rank] = stack_path(self.folder, self.attempt, rank)
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGUSR2)
+    def _stacks(self, states: Mapping[int, str]) -> dict[int, str]:
+        """Ask the ranks that listen for their stacks: those that run together, then each that is stopped."""
+        listening = {rank: pid for rank, pid in self._pids.items() if read_pulse(self._pulse(rank)) is not None}
+        running = {rank: pid for rank, pid in listening.items() if states[rank] not in NOT_RUNNING}
+        for pid in running.values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGUSR2)
+        self._wait_for_stacks(running, pause=0.2)
+        for rank in (rank for rank in listening if states[rank] == "T"):
+            self._wake_for_its_stack(rank)
+        return {rank: self._stack(rank).read_text(errors="replace") for rank in listening}
+
+    def _stack(self, rank: int) -> Path:
+        return stack_path(self.folder, self.attempt, rank)
+
+    def _wait_for_stacks(self, ranks: Iterable[int], pause: float) -> None:
+        """Until all have written something and none writes any more."""
         deadline, sizes = time.monotonic() + STACK_SECONDS, {}
         while time.monotonic() < deadline:
-            time.sleep(0.2)
-            before, sizes = sizes, {rank: path.stat().st_size for rank, path in paths.items()}
+            time.sleep(pause)
+            before, sizes = sizes, {rank: self._stack(rank).stat().st_size for rank in ranks}
             if sizes == before and all(sizes.values()):
-                break
-        return {rank: path.read_text(errors="replace") for rank, path in paths.items()}
+                return
+
+    def _wake_for_its_stack(self, rank: int) -> None:
+        """A stopped rank, which is to be killed, may run for the milliseconds in which it writes its stack."""
+        with contextlib.suppress(OSError):
+            for signum in (signal.SIGUSR2, signal.SIGCONT):
+                os.kill(self._pids[rank], signum)
+            self._wait_for_stacks([rank], pause=0.002)
+            os.kill(self._pids[rank], signal.SIGSTOP)
 
     # ---- several machines
 

@@ -278,9 +278,9 @@ def before_the_first_step(folder: Path) -> Remains:
     return run.end()
 
 
-def killed(rank: int) -> Scenario:
+def killed(rank: int, step: int = 4, *flags: str) -> Scenario:
     def play(folder: Path) -> Remains:
-        run = Run(folder, "launcher", *LONG, trouble=f"kill:{rank}:4")
+        run = Run(folder, "launcher", *LONG, *flags, trouble=f"kill:{rank}:{step}")
         run.wait_until("the kill", (folder / "reached").exists)
         remains = run.end()
         child = int((folder / "child").read_text())
@@ -290,7 +290,22 @@ def killed(rank: int) -> Scenario:
     return play
 
 
-SCENARIOS |= {"killed_rank_0": killed(0), "killed_rank_1": killed(1)}
+SCENARIOS |= {
+    "killed_rank_0": killed(0),
+    "killed_rank_1": killed(1),
+    "killed_in_the_first_step": killed(1, step=1),
+    "killed_under_gemini": killed(0, 4, "--distplan", "CAI_Gemini"),
+    "killed_in_the_last_step": killed(1, 5, "--train_step", "5"),
+}
+
+
+@scenario
+def killed_while_importing(folder: Path) -> Remains:
+    run = Run(folder, "launcher", *LONG)
+    run.wait_until("the ranks' start", lambda: len(run.note_ranks()) == 2)
+    rank_1 = next(pid for pid in run.note_ranks() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(rank_1, signal.SIGKILL)
+    return run.end()
 
 
 def troubled(start: str, trouble: str, *flags: str) -> Scenario:
@@ -320,6 +335,7 @@ SCENARIOS |= {
     "torchrun_endless_loop": troubled("torchrun", "loop:1:4", *HANG),
     "nan": troubled("launcher", "nan:1:3", *LONG, "--max_bad_steps", "4"),
     "nan_python": troubled("python", "nan:0:3", *LONG),
+    "inf": troubled("launcher", "inf:1:3", *LONG, "--max_bad_steps", "4"),
     "nan_never_stops": troubled("launcher", "nan:0:1", *SHORT, "--max_bad_steps", "0"),
     "restart": troubled("launcher", "kill:1:4:1", *SHORT, "--max_restarts", "2"),
     "restart_in_vain": troubled("launcher", "error:1:2", *SHORT, "--max_restarts", "1"),
@@ -428,12 +444,26 @@ def test_a_signal_before_the_first_step(remains: Remains) -> None:
 # ---- ranks that die or hang
 
 
-@plays("killed_rank_0", "killed_rank_1")
+# the rank, and the steps that are done
+KILLED = {
+    "killed_rank_0": (0, 3),
+    "killed_rank_1": (1, 3),
+    "killed_in_the_first_step": (1, 0),
+    "killed_under_gemini": (0, 3),
+    "killed_in_the_last_step": (1, 4),
+    "killed_while_importing": (1, 0),
+}
+
+
+@plays(*KILLED)
 def test_a_killed_rank(name: str, remains: Remains) -> None:
-    remains.check(1, "failed", seconds=30)
-    assert remains.last_line.startswith(f"Rank {name[-1]} of 2 failed (killed by SIGKILL, often because")
-    assert remains.summary["ended_because"] == remains.last_line
-    assert remains.summary["steps"] == 3
+    rank, steps = KILLED[name]
+    remains.check_code(1)
+    assert remains.seconds < 30 and remains.last_line.startswith(f"Rank {rank} of 2 failed (killed by SIGKILL, often")
+    assert remains.summary["ended_because"] == remains.last_line and remains.summary["ended"] == "failed"
+    assert remains.summary["steps"] == steps
+    if name == "killed_while_importing":
+        return
     # gone, or dead and for process 1 to bury
     assert remains.notes["child"] == "Z", "what the killed rank had started is still there"
 
@@ -456,7 +486,8 @@ def test_a_hanging_rank(name: str, remains: Remains) -> None:
     head = rf"Rank {rank} of 2 hung in step 4, the forward pass: no rank has moved for 1\d s \(--timeout 20\)\."
     assert re.match(head, verdict), verdict
     blamed, _, waiting = verdict.partition("was waiting for it in step 4")
-    assert evidence in blamed and re.search(r'File ".*torch.*", line \d+ in \w+', waiting), verdict
+    assert evidence in blamed and f"Rank {rank}, its stack" in blamed and "in mark" in blamed, verdict
+    assert re.search(r'File ".*torch.*", line \d+ in \w+', waiting), verdict
     assert remains.summary["steps"] == 3
     assert remains.summary["ended_because"] == verdict.splitlines()[0]
 
@@ -473,11 +504,12 @@ def test_a_hang_under_plain_torchrun(remains: Remains) -> None:
 # ---- losses that are not finite
 
 
-@plays("nan", "nan_python")
+@plays("nan", "nan_python", "inf")
 def test_bad_steps_end_the_run(name: str, remains: Remains) -> None:
     remains.check(1, "bad steps")
-    rank, last = (1, 6) if name == "nan" else (0, 5)
-    start = f"The loss is not finite in steps 3 to {last}: it began as nan in step 3 on rank {rank}. Stopped by"
+    rank, last = (0, 5) if name == "nan_python" else (1, 6)
+    loss = name.removesuffix("_python")
+    start = f"The loss is not finite in steps 3 to {last}: it began as {loss} in step 3 on rank {rank}. Stopped by"
     assert remains.last_line.startswith(f"{start} --max_bad_steps {last - 2}: lower --lr"), remains.console
     assert remains.steps_logged() == list(range(1, last + 1))
     assert remains.summary["nonfinite_loss_steps"] == last - 2

@@ -51,6 +51,7 @@ FAULTS = {
     "long": lambda: time.sleep(60),
     "error": an_error,
     "nan": lambda: None,
+    "inf": lambda: None,
 }
 
 
@@ -70,8 +71,8 @@ class FaultyClock:
 def troubled(session, stream, clock, train_step=engine._train_step, count=[0]):  # noqa: B006
     count[0] += 1
     loss, update = train_step(session, stream, FaultyClock(clock, count[0]))
-    if MINE and KIND == "nan" and count[0] >= int(STEP):
-        loss = loss * float("nan")
+    if MINE and KIND in ("nan", "inf") and count[0] >= int(STEP):
+        loss = loss * float(KIND)
     return loss, update
 
 
