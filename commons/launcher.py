@@ -386,15 +386,19 @@ class Course:
 
     def report_signal(self, signum: int) -> int:
         done = self.conclude(stopped_by(signum, 0, self._config.train_step), replace=False)
-        print(stopped_by(signum, done, self._config.train_step).why, file=sys.stderr, flush=True)
+        if done is None:
+            why = f"Stopped by {signal.Signals(signum).name}."
+        else:
+            why = stopped_by(signum, done, self._config.train_step).why
+        print(why, file=sys.stderr, flush=True)
         return 128 + signum
 
-    def conclude(self, ended: Ended, *, replace: bool) -> int:
-        """See commons.run_log; only where rank 0 is."""
+    def conclude(self, ended: Ended, *, replace: bool) -> int | None:
+        """See commons.run_log; None where rank 0 is not: its machine counts the steps."""
         from commons.run_log import conclude
 
         if self._nodes.rank != 0:
-            return 0
+            return None
         return conclude(self._config.run_dir, self._config, ended, self.watch.attempt, replace=replace)
 
 

@@ -98,6 +98,43 @@ def test_a_killed_launcher_ends_the_other_node_which_names_it(network: Network, 
     assert network.is_empty(), "ranks of the killed launcher"
 
 
+def process_of_rank(network: Network, rank: int) -> int:
+    mark = f"RANK={rank}".encode()
+    return next(pid for pid in network.pids() if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+def test_a_killed_rank_is_named_on_its_node_and_ends_the_other(network: Network, tmp_path: Path) -> None:
+    runs = both(network, tmp_path, *ENDLESS, **meeting_point())
+    runs[0].wait_for_steps(2, START_SECONDS)
+    os.kill(process_of_rank(network, 1), signal.SIGKILL)
+    done = end_of(runs, 30)
+    assert [one.returncode for one in done] == [1, 1]
+    assert "Rank 1 of 2 failed (killed by SIGKILL" in runs[1].screen
+    assert f"Node 1 ({ADDRESSES[1]}) ended first: its own screen says why." in runs[0].last_lines
+
+
+def test_a_hanging_rank_is_named_on_both_nodes(network: Network, tmp_path: Path) -> None:
+    runs = both(network, tmp_path, *ENDLESS, "--timeout=20", **meeting_point())
+    runs[0].wait_for_steps(2, START_SECONDS)
+    os.kill(process_of_rank(network, 1), signal.SIGSTOP)
+    done = end_of(runs, 20 + END_SECONDS)
+    assert [one.returncode for one in done] == [1, 1]
+    for run in runs:
+        assert "Rank 1 of 2 on node 1 hung in step" in run.screen
+        assert "Rank 1, its stack, innermost line first:" in run.screen and "Rank 0, was waiting for it" in run.screen
+
+
+def test_a_signal_to_one_node_ends_both(network: Network, tmp_path: Path) -> None:
+    runs = both(network, tmp_path, *ENDLESS, **meeting_point())
+    runs[0].wait_for_steps(2, START_SECONDS)
+    runs[1].process.send_signal(signal.SIGTERM)
+    done = end_of(runs, 10)
+    assert [one.returncode for one in done] == [128 + signal.SIGTERM] * 2
+    last = [run.last_lines.splitlines()[-1] for run in runs]
+    assert last[0].startswith("Stopped by SIGTERM after step ")
+    assert last[1] == "Stopped by SIGTERM."  # the steps are node 0's to count
+
+
 def test_a_launcher_killed_before_the_ranks_are_connected(network: Network, tmp_path: Path) -> None:
     """No connection breaks then: the other node's rank would wait for --timeout, ten minutes."""
     where = meeting_point()
