@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
     assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(found(no_gpu))
 
 
-# --- the README's eleven cases
+# --- the README's cases
 
 
 def shadow(machine: FakeMachine) -> FakeMachine:
@@ -618,6 +618,96 @@ def test_case_11_the_interface_taken(no_gpu: FakeMachine, address: str, text: st
     assert found(no_gpu)["interface"].title == "no way out of this machine"
 
 
+# --- the error texts that README quotes
+
+
+def without_uvm(machine: FakeMachine) -> FakeMachine:
+    machine.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 999)
+    return machine.with_torch("2.6.0", "12.4")
+
+
+def without_code(machine: FakeMachine) -> FakeMachine:
+    return machine.with_torch("2.6.0", "12.4", "sm_50 sm_80")
+
+
+def with_transformers_5(machine: FakeMachine) -> FakeMachine:
+    others = tuple(each for each in machine.distributions if each.name != "transformers")
+    return machine.change(distributions=(*others, Distribution("transformers", "5.0.0", "/venv/site-packages")))
+
+
+def with_a_taken_gpu(machine: FakeMachine) -> FakeMachine:
+    card = gpu(memory__used="70000", compute_mode="Exclusive_Process")
+    machine.install("/usr/bin/nvidia-smi", FakeSmi(card))
+    return machine
+
+
+def with_little_memory(machine: FakeMachine) -> FakeMachine:
+    machine.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
+    machine.disks["/dev/shm"] = Disk(64 << 20, 64 << 20, True)
+    return machine
+
+
+def beside_others(machine: FakeMachine) -> FakeMachine:
+    machine.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
+    return machine.with_environment(NNODES="2")
+
+
+# README's case -> the machine in that trouble
+README_MACHINES: dict[int, tuple[str, Callable[[FakeMachine], FakeMachine]]] = {
+    1: ("wsl", shadow),
+    2: ("linux", lambda machine: machine.with_torch("2.13.0+cpu", None)),
+    3: ("linux", lambda machine: machine.with_torch("2.13.0", "13.0")),
+    5: ("linux", without_code),
+    7: ("linux", lambda machine: broken_driver(machine, SMI_FAILURES["version-mismatch"])),
+    8: ("linux", with_transformers_5),
+    9: ("linux", with_a_taken_gpu),
+    10: ("linux", with_little_memory),
+    11: ("linux", beside_others),
+    12: ("linux", without_uvm),
+}
+CASES_WITHOUT_A_TEXT = {4, 6}  # nothing is said there but that there is no GPU
+
+
+def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
+    """README's troubleshooting: a case's number -> the texts quoted in its heading, and its finding ids."""
+    section = (REPOSITORY / "README.md").read_text().split("\n## Troubleshooting\n")[1]
+    cases = re.findall(r"^(\d+)\. \*\*(.*?)\*\*(.*?)(?=^\d+\. |^<details>)", section, re.MULTILINE | re.DOTALL)
+    return {
+        int(number): (
+            [text for text in re.findall(r"`([^`]+)`", heading) if text != "nvidia-smi"],
+            set(re.findall(r"`([a-z-]+\.[a-z-]+)`", body[body.rindex("(") :])),
+        )
+        for number, heading, body in cases
+    }
+
+
+def test_every_case_of_the_readme_that_quotes_a_text_has_a_machine() -> None:
+    cases = readme_cases()
+    assert set(cases) == set(README_MACHINES) | CASES_WITHOUT_A_TEXT
+    assert {number for number, (texts, _) in cases.items() if not texts} == CASES_WITHOUT_A_TEXT
+    assert all(ids for _, ids in cases.values())
+
+
+README_TEXTS = [(number, text) for number, (texts, _) in readme_cases().items() for text in texts]
+# what else the same machines make torch, torchrun and NVIDIA's tools say
+OTHER_TEXTS = [
+    (2, "RuntimeError: Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False."),
+    (7, "Failed to initialize NVML: Driver/library version mismatch"),
+    (7, "UserWarning: Can't initialize NVML"),
+    (10, "exitcode  : -9 (pid: 4711)"),
+    (12, "RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env"
+         " variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero."),
+    (12, "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 304: OS call failed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "text"), README_TEXTS + OTHER_TEXTS)
+def test_a_text_leads_to_its_case(case: int, text: str, request: pytest.FixtureRequest) -> None:
+    kind, breaks = README_MACHINES[case]
+    explained = {finding.id for finding in explain_failure(text, breaks(request.getfixturevalue(kind)))}
+    assert explained & readme_cases()[case][1], explained
+
+
 # --- the rest of the table
 
 
@@ -1013,6 +1103,7 @@ def test_locked_memory_matters_to_infiniband_alone(linux: FakeMachine) -> None:
     assert troubles(linux) == {}
     linux.write("/sys/class/infiniband/mlx5_0/x")
     assert only(linux).id == "memlock.small"
+    assert explain_failure("ibv_reg_mr failed, errno 12", linux) == [only(linux)]
     linux.limits["memlock"] = (None, None)
     assert troubles(linux) == {}
 

@@ -98,7 +98,12 @@ def test_without_the_launcher_too(tmp_path: Path, ranks: int) -> None:
         ("RuntimeError: The NVIDIA driver on your system is too old (found version 12040).", True),
         ("RuntimeError: CUDA error: no kernel image is available for execution on the device", True),
         ("torch.AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
+        ("RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment", True),
         ("torch.OutOfMemoryError: CUDA out of memory.", False),
+        (
+            "RuntimeError: Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False",
+            False,
+        ),
         ("ImportError: cannot import name 'X' from 'transformers'", False),
         ("ValueError: the cause", False),
     ],
