@@ -121,7 +121,8 @@ class FakeMachine(Machine):
             }.items()
         )
         self.write("/proc/sys/kernel/osrelease", "6.8.0-45-generic")
-        self.write("/etc/os-release", 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"\n')
+        release = 'PRETTY_NAME="Ubuntu 22.04.5 LTS"\nNAME="Ubuntu"\nVERSION_ID="22.04"\nID=ubuntu\nID_LIKE=debian\n'
+        self.write("/etc/os-release", release)
         self.write("/proc/meminfo", "MemTotal: 65000000 kB\nMemAvailable: 60000000 kB\nSwapFree: 0 kB\n")
         lan = "eth1\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
         route = lan + "eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
@@ -136,7 +137,7 @@ class FakeMachine(Machine):
     def forget(self) -> None:
         """A test goes on with a changed machine."""
         self.memory.clear()
-        for name in ("kernel", "wsl", "container", "distribution"):
+        for name in ("kernel", "wsl", "container", "distribution", "distribution_ids"):
             self.__dict__.pop(name, None)
 
     def install(self, path: str, program: Callable[[Sequence[str]], Completed]) -> None:

@@ -118,6 +118,9 @@ def only(machine: Machine, *topics: str) -> Finding:
     assert len(trouble) == 1, list(trouble)
     finding = next(iter(trouble.values()))
     assert all((finding.title, finding.seen, finding.why, finding.cure)), finding
+    assert not re.match(r"#|exit\b|nvidia-smi +#|kubectl explain", finding.cure), (
+        f"no command that helps: {finding.cure}"
+    )
     return finding
 
 
@@ -232,7 +235,9 @@ def test_the_report_to_the_end(wsl: FakeMachine) -> None:
     assert "driver 551.78" in driver_too_old.seen
     cures = driver_too_old.cure.splitlines()
     assert cures[0] == "python -m pip uninstall -y torch && python -m pip install torch==2.10.0"
-    assert cures[1].startswith("# or install driver 580 or newer on Windows, never inside WSL")
+    assert cures[1].startswith(
+        "# or: explorer.exe https://www.nvidia.com/drivers   # driver 580 or newer, installed on"
+    )
     assert why_no_gpu(wsl).endswith(f"try: {cures[0]}")
     assert torch_build.choose_torch(wsl, "2.13.0")[0] == "2.10.0", "install.sh would not have got there"
 
@@ -303,7 +308,7 @@ def test_case_3_driver_older_than_torchs_cuda(linux: FakeMachine) -> None:
     assert (finding.id, finding.level) == ("torch-cuda.newer-than-driver", "error")
     assert "550.54.15" in finding.seen
     assert "uninstall -y torch nvidia-nccl-cu13 && python -m pip install torch==2.10.0" in finding.cure
-    assert "driver 580 or newer and reboot" in finding.cure
+    assert finding.cure.endswith("\n# or: sudo ubuntu-drivers install nvidia:580 && sudo reboot")
     text = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040)"
     assert explain_failure(text, linux) == [finding]
 
@@ -317,8 +322,37 @@ def test_case_3_a_driver_for_cuda_11_needs_an_update(wsl: FakeMachine) -> None:
     wsl.libcuda = replace(wsl.libcuda, version=(11, 6))
     finding = only(wsl.with_torch("2.6.0", "12.4"))
     assert finding.id == "torch-cuda.newer-than-driver"
-    assert "pip" not in finding.cure
-    assert "on Windows, never inside WSL" in finding.cure
+    assert finding.cure.startswith("explorer.exe https://www.nvidia.com/drivers   # ")
+    assert "installed on Windows, never inside WSL; then in PowerShell: wsl.exe --shutdown" in finding.cure
+
+
+@pytest.mark.parametrize(
+    ("release", "cure"),
+    [
+        ("ID=ubuntu\nID_LIKE=debian", "sudo ubuntu-drivers install nvidia:580 && sudo reboot"),
+        (
+            'NAME="Linux Mint"\nID=linuxmint\nID_LIKE="ubuntu debian"',
+            "sudo ubuntu-drivers install nvidia:580 && sudo reb",
+        ),
+        ("ID=debian", "sudo apt-get install nvidia-open && sudo reboot   # from NVIDIA's repository"),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"', "sudo dnf install nvidia-open && sudo reboot   # from NVIDIA's"),
+        ('ID="amzn"\nID_LIKE="fedora"', "sudo dnf install nvidia-open && sudo reboot   # from NVIDIA's"),
+        ("ID=fedora", "sudo dnf install akmod-nvidia && sudo reboot   # from RPM Fusion"),
+        ('ID="opensuse-leap"\nID_LIKE="suse opensuse"', "sudo zypper install nvidia-open && sudo reboot"),
+        ("ID=endeavouros\nID_LIKE=arch", "sudo pacman -Syu nvidia-open && sudo reboot"),
+        ("ID=nixos", "sudo sh NVIDIA-Linux-*-580.*.run && sudo reboot   # from https://www.nvidia.com/drivers"),
+        ("", "sudo sh NVIDIA-Linux-*-580.*.run && sudo reboot"),
+    ],
+)
+def test_case_3_the_drivers_command_for_this_distribution(linux: FakeMachine, release: str, cure: str) -> None:
+    """The driver runs CUDA 11: no torch that the suite is tested with runs on it."""
+    linux.write("/etc/os-release", f"{release}\n")
+    linux.libcuda = replace(linux.libcuda, version=(11, 6))
+    finding = only(linux.with_torch("2.6.0", "12.4"))
+    assert finding.id == "torch-cuda.newer-than-driver"
+    assert finding.cure.startswith(cure)
+    linux.write("/.dockerenv")
+    assert only(linux).cure.startswith("sudo ubuntu-drivers install nvidia:580 && sudo reboot   # on the host")
 
 
 @pytest.mark.parametrize(
@@ -436,8 +470,29 @@ def test_nvidia_smi_failures(linux: FakeMachine, cause: str) -> None:
     assert (finding.id, finding.level) == (f"driver.{cause}", "error")
     assert SMI_FAILURES[cause].splitlines()[0] in finding.seen
     linux.write("/.dockerenv")
-    assert finding.cure in only(linux).cure
+    assert finding.cure in only(linux).cure or cause == "nvml-unknown"
     assert "on the host" in only(linux).cure
+
+
+@pytest.mark.parametrize(
+    ("mark", "environment", "cure"),
+    [
+        ("/.dockerenv", {}, "docker restart box   # on the host"),
+        ("/run/.containerenv", {}, "podman restart box   # on the host"),
+        ("/.singularity.d/x", {}, "apptainer exec --nv ..."),
+        ("/tmp/x", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubectl delete pod box   # its deployment or job starts"),
+    ],
+)
+def test_a_container_that_lost_its_gpu(linux: FakeMachine, mark: str, environment: dict[str, str], cure: str) -> None:
+    broken_driver(linux, SMI_FAILURES["nvml-unknown"]).write(mark)
+    assert only(linux.with_environment(**environment)).cure.startswith(cure)
+
+
+def test_a_pod_without_gpus(no_gpu: FakeMachine) -> None:
+    no_gpu.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15")
+    finding = only(no_gpu.with_environment(KUBERNETES_SERVICE_HOST="10.0.0.1"))
+    assert finding.id == "driver.container"
+    assert finding.cure.startswith("kubectl set resources deployment NAME --limits=nvidia.com/gpu=1   # ")
 
 
 @pytest.mark.parametrize(
@@ -554,7 +609,8 @@ def test_case_10_killed_for_lack_of_memory(wsl: FakeMachine) -> None:
     trouble = troubles(wsl)
     assert list(trouble) == ["memory.little", "cgroup.oom-kills"]
     assert "3 process" in trouble["cgroup.oom-kills"].title
-    assert all(".wslconfig" in finding.cure for finding in trouble.values())
+    opens_it = 'cmd.exe /c "notepad %UserProfile%\\.wslconfig"   # write below [wsl2]: memory=24GB'
+    assert all(finding.cure.startswith(opens_it) for finding in trouble.values())
     assert explain_failure("exitcode: -9 (SIGKILL)", wsl) == list(trouble.values())
     assert "cgroup" not in found(wsl)
     wsl.write("/.dockerenv")
@@ -827,6 +883,7 @@ def test_gpu_without_a_driver(no_gpu: FakeMachine) -> None:
     finding = only(no_gpu)
     assert (finding.id, finding.level) == ("driver.not-installed", "error")
     assert "nouveau" in finding.seen
+    assert finding.cure == "sudo ubuntu-drivers install nvidia:580 && sudo reboot"
 
 
 def test_nvidia_sound_cards_and_other_vendors_are_no_gpus(no_gpu: FakeMachine) -> None:

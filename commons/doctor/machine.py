@@ -222,6 +222,12 @@ class Machine:
         return match[1] if match else self.system
 
     @cached_property
+    def distribution_ids(self) -> list[str]:
+        """This distribution and those that it descends from, nearest first: ["rocky", "rhel", "centos", "fedora"]."""
+        fields = dict(re.findall(r'^(ID|ID_LIKE)="?([^"\n]*)', self.read("/etc/os-release") or "", re.MULTILINE))
+        return [name for field in ("ID", "ID_LIKE") for name in fields.get(field, "").split()]
+
+    @cached_property
     def wsl(self) -> int:
         """0 outside WSL, else 1 or 2. WSL 1 translates system calls and calls itself 4.4.0-...-Microsoft."""
         kernel = self.kernel.lower()
