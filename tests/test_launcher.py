@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from commons import cli, launcher, nodes
+from commons.config import TrainConfig
 from commons.console_copy import LineCleaner, LogFile
 from commons.environment import python_path
 from commons.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
@@ -388,6 +389,19 @@ def test_every_variable_is_in_the_help(capsys: pytest.CaptureFixture) -> None:
     assert launcher.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(variable in text for variable in [*FLAG_VARIABLES, *JOB_VARIABLES])
+    assert "\n  --doctor --json  " in text
+
+
+@pytest.mark.parametrize("command", ["", "LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"])
+def test_the_cure_of_no_gpu_is_a_line_to_copy(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    reason = "no GPU seen: a Linux driver hides the one from Windows" + (f"; try: {command}" if command else "")
+    monkeypatch.setattr(launcher, "why_no_gpu", lambda: reason)
+    notice = launcher._no_gpu_notice(TrainConfig(model_type="gpt2_tiny"), Nodes(2))
+    first, *cure, last = notice.splitlines() if command else notice.partition(". ")[::2]
+    assert first.startswith("No GPU seen: a Linux driver hides the one from Windows")
+    assert [line.strip() for line in cure] == ([command] if command else [])
+    assert last.startswith("Training gpt2_tiny on 2 CPU ranks with gloo instead; more in README.md (Troubleshooting)")
+    assert last.endswith("from: bash run_gemini.sh --doctor"), "a command that ends its line can be copied too"
 
 
 @pytest.mark.parametrize(
