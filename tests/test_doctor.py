@@ -34,6 +34,7 @@ from commons.doctor import (
     explain_failure,
     explain_no_gpu,
     host,
+    old_python,
     packages,
     probes,
     smi,
@@ -957,7 +958,21 @@ def test_torch_is_missing_or_for_amd_or_broken(linux: FakeMachine) -> None:
 def test_torch_disagrees_with_libcuda(linux: FakeMachine) -> None:
     linux.torch = replace(linux.torch, devices=(), error="RuntimeError: CUDA unknown error")
     assert only(linux).id == "torch-gpu.none"
-    assert "CUDA unknown error" in only(linux).seen
+    assert only(linux).seen == "RuntimeError: CUDA unknown error"
+    linux.torch = replace(linux.torch, paths=(LINUX_LIBCUDA,))
+    assert "torch loads" not in only(linux).seen
+    linux.torch = replace(linux.torch, paths=("/opt/x/libcuda.so.1",))
+    assert only(linux).seen.endswith(f"; torch loads /opt/x/libcuda.so.1, others {LINUX_LIBCUDA}")
+
+
+def test_torchs_libcuda_comes_from_its_process() -> None:
+    class Answering(Machine):
+        torch_files = TorchFiles("2.6.0", "12.4")
+
+        def probe(self, *arguments: str, timeout_seconds: float, environment: Any = None) -> dict[str, Any]:
+            return {"imported": True, "arch_list": ["sm_90"], "paths": [LINUX_LIBCUDA]}
+
+    assert Answering().torch == TorchImport(True, arch_list=("sm_90",), paths=(LINUX_LIBCUDA,))
 
 
 def test_torch_without_distributed(linux: FakeMachine) -> None:
@@ -1077,6 +1092,11 @@ def test_missing_packages_and_untested_python(linux: FakeMachine) -> None:
     assert "packages" not in found(linux)
     assert "einops" in only(linux).title
     assert "python.untested" in troubles(linux.change(python=(3, 13, 0)))
+
+
+def test_the_distribution_is_named_once(linux: FakeMachine) -> None:
+    lines = as_text([found(linux)["system"]])
+    assert lines == "ok       Ubuntu 22.04.5 LTS (kernel 6.8.0-45-generic, x86_64)"
 
 
 def test_other_systems(linux: FakeMachine) -> None:
@@ -1392,9 +1412,22 @@ def test_old_pythons_get_a_sentence(name: str) -> None:
     assert "try: " in done.stderr
 
 
+def test_the_command_for_a_newer_python_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = tmp_path / "a folder" / "python3.12"
+    newer.parent.mkdir()
+    newer.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    newer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{newer.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = old_python.refusal((3, 10)).splitlines()[1].removeprefix("try: ")
+    done = subprocess.run(["sh", "-c", f"{command} --help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m commons.doctor")
+
+
 # --- real processes on this machine
 
-HAS_TORCH = shutil.which("true") and Machine().torch_files.version is not None
+HAS_TORCH = Machine().torch_files.version is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
 needs_no_gpu = pytest.mark.skipif(bool(Machine().which("nvidia-smi")), reason="for machines without a GPU")
 

@@ -88,6 +88,8 @@ def test_without_the_launcher_too(tmp_path: Path, ranks: int) -> None:
     assert error < console.index("id:   interface.unknown"), "after the error"
     if ranks == 1:
         assert console.rstrip().endswith("id:   interface.unknown")
+    else:
+        assert console.index("id:   interface.unknown") < console.index("ChildFailedError"), "torchrun's report follows"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def install_driver(machine: Machine) -> str:
 
 
 def system(machine: Machine) -> Iterator[Finding]:
-    seen = f"{machine.distribution}, kernel {machine.kernel}, {machine.processor}"
+    seen = f"kernel {machine.kernel}, {machine.processor}"
     if machine.system != "Linux":
         yield error(
             "unsupported",

@@ -71,7 +71,7 @@ class TorchFiles:
 
 @dataclass(frozen=True)
 class TorchImport:
-    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"."""
+    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"; paths: its libcuda."""
 
     imported: bool
     version: str = ""
@@ -83,6 +83,7 @@ class TorchImport:
     nccl: str = ""
     distributed: bool = False
     import_seconds: float = 0.0
+    paths: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -331,7 +332,8 @@ class Machine:
         known = TorchImport.__dataclass_fields__
         answer = {name: value for name, value in answer.items() if name in known}
         answer["devices"] = devices_of(answer)
-        answer["arch_list"] = tuple(answer.get("arch_list", ()))
+        for name in ("arch_list", "paths"):
+            answer[name] = tuple(answer.get(name, ()))
         answer["peer_access"] = tuple(tuple(row) for row in answer.get("peer_access", ()))
         return TorchImport(**{"imported": False, **answer})
 

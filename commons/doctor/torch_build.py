@@ -210,10 +210,17 @@ def torch_gpu(machine: Machine) -> Iterator[Finding]:
         yield error(
             "none",
             "torch sees no GPU",
-            seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0],
+            seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0] + other_libcuda(machine),
             why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this environment.",
             cure=f'{machine.python_path} -c "import torch; torch.cuda.init()"   # the whole message',
         )
+
+
+def other_libcuda(machine: Machine) -> str:
+    """Which libcuda torch's process has mapped, where it is not the one that a process without torch loads."""
+    paths = machine.torch.paths
+    other = paths and set(paths) != set(machine.libcuda.paths)
+    return f"; torch loads {', '.join(paths)}, others {', '.join(machine.libcuda.paths)}" if other else ""
 
 
 def nvcc(machine: Machine) -> Iterator[Finding]:
