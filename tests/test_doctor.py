@@ -967,12 +967,12 @@ def test_torch_disagrees_with_libcuda(linux: FakeMachine) -> None:
 
 def test_torchs_libcuda_comes_from_its_process() -> None:
     class Answering(Machine):
-        torch_files = TorchFiles("2.6.0", "12.4")
-
         def probe(self, *arguments: str, timeout_seconds: float, environment: Any = None) -> dict[str, Any]:
             return {"imported": True, "arch_list": ["sm_90"], "paths": [LINUX_LIBCUDA]}
 
-    assert Answering().torch == TorchImport(True, arch_list=("sm_90",), paths=(LINUX_LIBCUDA,))
+    machine = Answering()
+    machine.torch_files = TorchFiles("2.6.0", "12.4")
+    assert machine.torch == TorchImport(True, arch_list=("sm_90",), paths=(LINUX_LIBCUDA,))
 
 
 def test_torch_without_distributed(linux: FakeMachine) -> None:
