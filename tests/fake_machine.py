@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,22 @@ from commons.doctor.machine import AllReduce, Disk, Distribution, TorchFiles, To
 from commons.doctor.processes import Completed
 
 GIB = 1 << 30
+# A driver's library as far as the doctor asks it; INIT is what cuInit answers
+LIBCUDA_SOURCE = """
+#include <string.h>
+int cuInit(unsigned flags) { return INIT; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA Fake 1", length); return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return 0; }
+"""
+
+
+def compile_libcuda(library: Path, init: int) -> None:
+    source = ["-x", "c", "-"]
+    command = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-Wl,-soname,libcuda.so.1", "-o", str(library), *source]
+    subprocess.run(command, input=LIBCUDA_SOURCE, text=True, check=True, timeout=60)
 
 
 class FakeSmi:

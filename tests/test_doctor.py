@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_machine import GIB, FakeMachine, FakeSmi, gpu, rtx_4070
+from fake_machine import GIB, FakeMachine, FakeSmi, compile_libcuda, gpu, rtx_4070
 
 from commons import versions
 from commons.doctor import (
@@ -1548,16 +1548,6 @@ def test_programs_are_found_outside_path_and_must_be_executable(tmp_path: Path) 
     assert machine.which("nvidia-smi") == "/usr/lib/wsl/lib/nvidia-smi"
 
 
-# A driver's library as far as the doctor asks it; INIT is what cuInit answers
-LIBCUDA_SOURCE = """
-#include <string.h>
-int cuInit(unsigned flags) { return INIT; }
-int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
-int cuDeviceGetCount(int *count) { *count = 1; return 0; }
-int cuDeviceGet(int *device, int index) { *device = index; return 0; }
-int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA Fake 1", length); return 0; }
-int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return 0; }
-"""
 SMI_SCRIPT = """#!/bin/sh
 case "$*" in
     *query-gpu=*clocks_event_reasons.active*)
@@ -1573,11 +1563,8 @@ esac
 @pytest.mark.parametrize(("init", "finding_id"), [(100, "libcuda.no-device"), (0, "libcuda"), (999, "libcuda.unknown")])
 def test_real_library_and_real_nvidia_smi(tmp_path: Path, init: int, finding_id: str) -> None:
     """The way through dlopen, /proc/self/maps and a child process, with a library made here."""
-    source = tmp_path / "libcuda.c"
-    source.write_text(LIBCUDA_SOURCE)
     library = tmp_path / "libcuda.so.1"
-    compile_it = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-o", str(library), str(source)]
-    subprocess.run(compile_it, check=True, timeout=60)
+    compile_libcuda(library, init)
     (tmp_path / "nvidia-smi").write_text(SMI_SCRIPT)
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"

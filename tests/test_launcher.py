@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,14 +51,14 @@ def recorded(function):
 class Launched:
     """A launcher at work in ``folder`` on a script made of PRELUDE and ``body``."""
 
-    def __init__(self, folder: Path, body: str, *flags: str, **variables: str) -> None:
+    def __init__(self, folder: Path, body: str, *flags: str, prefix: Sequence[str] = (), **variables: str) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tmp").mkdir()
         script = folder / "training.py"
         script.write_text(PRELUDE + body)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(script), *flags],
+            [*prefix, sys.executable, "-c", LAUNCH, str(script), *flags],
             cwd=folder,
             env=environment(TMPDIR=str(folder / "tmp"), **variables),
             stdin=subprocess.DEVNULL,
