@@ -5,7 +5,7 @@
 #     GPUNUM=2 DISTPLAN=CAI_ZeRO2 MODEL_TYPE=gpt2_xl bash run_gemini.sh   settings from the environment
 #     bash run_gemini.sh --distplan CAI_ZeRO2 --train_step 100            settings as flags; flags win
 #     bash run_gemini.sh --help                                           every flag
-#     bash run_gemini.sh --doctor [--json]                                why does it not start?
+#     bash run_gemini.sh --doctor [--json] [--failure "the error's text"] why does it not start?
 #
 # Variables: DISTPLAN MODEL_TYPE BATCH_SIZE TRAIN_STEP GPUNUM TPDEGREE PPDEGREE PLACEMENT SEQ_LEN PRECISION, and for
 # more than one machine NNODES NODE_RANK MASTER_ADDR MASTER_PORT. They are read by commons/launcher.py.
@@ -15,7 +15,11 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-if [[ ${1:-} == --doctor ]]; then
+doctor="" others=() # --doctor stands anywhere, among flags that are the doctor's own then
+for word in "$@"; do
+    if [[ $word == --doctor ]]; then doctor=yes; else others+=("$word"); fi
+done
+if [[ -n $doctor ]]; then
     # It has to work where nothing can be installed, so any Python will do.
     python="$(bash "$root/install.sh" --which 2>/dev/null)" ||
         python="$(type -P "$root/.venv/bin/python" python3 python python2 | head -n 1)" || true
@@ -23,7 +27,7 @@ if [[ ${1:-} == --doctor ]]; then
         echo "run_gemini.sh: error: no Python found: apt-get install python3 python3-venv" >&2
         exit 1
     fi
-    exec "$python" -m commons.doctor "${@:2}"
+    exec "$python" -m commons.doctor ${others[@]+"${others[@]}"}
 fi
 
 python="$(bash "$root/install.sh")"

@@ -71,6 +71,13 @@ JOB_VARIABLES = {
     "MASTER_PORT": f"a free port there (default: {DEFAULT_PORT})",
 }
 
+# What looks at this machine instead of starting anything; see commons/doctor.
+DOCTOR_FLAGS = {
+    "--doctor": "what would keep a training from running here, and its cure",
+    "--doctor --json": "the same for programs",
+    "--doctor --failure TEXT": "what here may have caused this error",
+}
+
 # Settings of the Colossal-AI example's launcher that mean nothing here.
 OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
 OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
@@ -125,7 +132,7 @@ def variable_lists() -> tuple[str, ...]:
     return (
         "\n".join(["environment variables that stand for flags (a flag wins):", *flags]),
         "\n".join(["environment variables that say what is started:", *jobs]),
-        "also: --doctor looks at this machine and says what would keep a training from running",
+        "\n".join(["instead of a training:", *(f"  {flags:26}{text}" for flags, text in DOCTOR_FLAGS.items())]),
     )
 
 
@@ -205,10 +212,12 @@ def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type
 
 
 def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
+    """The command that cures it has a line of its own, to be copied as it is."""
     ranks = f"{nodes.world_size} CPU rank{'s' * (nodes.world_size > 1)}"
-    reason = why_no_gpu()
+    reason, _, cure = why_no_gpu().partition("; try: ")
+    end = f"; try:\n    {cure}\n" if cure else ". "
     return (
-        f"{reason[0].upper()}{reason[1:]}. Training {config.model_type} on {ranks} with gloo instead; more in"
+        f"{reason[0].upper()}{reason[1:]}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
         " README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
     )
 

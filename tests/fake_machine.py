@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,22 @@ from commons.doctor.machine import AllReduce, Disk, Distribution, TorchFiles, To
 from commons.doctor.processes import Completed
 
 GIB = 1 << 30
+# A driver's library as far as the doctor asks it; INIT is what cuInit answers
+LIBCUDA_SOURCE = """
+#include <string.h>
+int cuInit(unsigned flags) { return INIT; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA Fake 1", length); return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return 0; }
+"""
+
+
+def compile_libcuda(library: Path, init: int) -> None:
+    source = ["-x", "c", "-"]
+    command = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-Wl,-soname,libcuda.so.1", "-o", str(library), *source]
+    subprocess.run(command, input=LIBCUDA_SOURCE, text=True, check=True, timeout=60)
 
 
 class FakeSmi:
@@ -121,7 +138,8 @@ class FakeMachine(Machine):
             }.items()
         )
         self.write("/proc/sys/kernel/osrelease", "6.8.0-45-generic")
-        self.write("/etc/os-release", 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"\n')
+        release = 'PRETTY_NAME="Ubuntu 22.04.5 LTS"\nNAME="Ubuntu"\nVERSION_ID="22.04"\nID=ubuntu\nID_LIKE=debian\n'
+        self.write("/etc/os-release", release)
         self.write("/proc/meminfo", "MemTotal: 65000000 kB\nMemAvailable: 60000000 kB\nSwapFree: 0 kB\n")
         lan = "eth1\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
         route = lan + "eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
@@ -136,7 +154,7 @@ class FakeMachine(Machine):
     def forget(self) -> None:
         """A test goes on with a changed machine."""
         self.memory.clear()
-        for name in ("kernel", "wsl", "container", "distribution"):
+        for name in ("kernel", "wsl", "container", "distribution", "distribution_ids"):
             self.__dict__.pop(name, None)
 
     def install(self, path: str, program: Callable[[Sequence[str]], Completed]) -> None:

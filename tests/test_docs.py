@@ -13,6 +13,7 @@ import pytest
 
 from commons.cli import judge, read_flags
 from commons.config import PLACEMENTS
+from commons.doctor.report import COLOURS, MARGIN
 from commons.ending import HOW, STOP_SIGNALS
 from commons.launcher import FLAG_VARIABLES
 from commons.plans import PLANS
@@ -130,6 +131,18 @@ def test_parity_table_is_what_was_measured() -> None:
     assert {(row[0], row[1]) for row in rows(text)} == on_cpus
     commit = re.search(r"commit `(\w+)`", text)
     assert commit and f"commit {commit[1]}" in measured
+
+
+def test_what_the_doctor_said_is_what_was_measured() -> None:
+    summary, block = section("Troubleshooting").split("<details><summary>")[1].split("```\n")[:2]
+    address = re.search(r"`(benchmarks/results/(\d{4}-\d\d-\d\d)-\S+/doctor\.txt)`", summary)
+    assert address and address[2] in summary.split("</summary>")[0], "the date stands beside the block"
+    assert block == (REPOSITORY / address[1]).read_text()
+    *lines, empty, total = block.splitlines()
+    heads = [line[: len(MARGIN)] for line in lines if not line.startswith(MARGIN)]
+    assert {head.strip() for head in heads} <= set(COLOURS) and all(head.endswith(" ") for head in heads)
+    counts = [f"{[head.strip() for head in heads].count(level)} {level}" for level in COLOURS]
+    assert not empty and re.match("s?, ".join(counts), total)
 
 
 def test_run_folder_files() -> None:

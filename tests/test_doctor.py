@@ -14,13 +14,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_machine import GIB, FakeMachine, FakeSmi, gpu, rtx_4070
+from fake_machine import GIB, FakeMachine, FakeSmi, compile_libcuda, gpu, rtx_4070
 
 from commons import versions
 from commons.doctor import (
@@ -34,6 +34,7 @@ from commons.doctor import (
     explain_failure,
     explain_no_gpu,
     host,
+    old_python,
     packages,
     probes,
     smi,
@@ -118,6 +119,7 @@ def only(machine: Machine, *topics: str) -> Finding:
     assert len(trouble) == 1, list(trouble)
     finding = next(iter(trouble.values()))
     assert all((finding.title, finding.seen, finding.why, finding.cure)), finding
+    assert not re.match(r"#|exit\b|kubectl explain", finding.cure), f"no command that helps: {finding.cure}"
     return finding
 
 
@@ -152,7 +154,7 @@ def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
     assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(found(no_gpu))
 
 
-# --- the README's eleven cases
+# --- the README's cases
 
 
 def shadow(machine: FakeMachine) -> FakeMachine:
@@ -232,7 +234,9 @@ def test_the_report_to_the_end(wsl: FakeMachine) -> None:
     assert "driver 551.78" in driver_too_old.seen
     cures = driver_too_old.cure.splitlines()
     assert cures[0] == "python -m pip uninstall -y torch && python -m pip install torch==2.10.0"
-    assert cures[1].startswith("# or install driver 580 or newer on Windows, never inside WSL")
+    assert cures[1].startswith(
+        "# or: explorer.exe https://www.nvidia.com/drivers   # driver 580 or newer, installed on"
+    )
     assert why_no_gpu(wsl).endswith(f"try: {cures[0]}")
     assert torch_build.choose_torch(wsl, "2.13.0")[0] == "2.10.0", "install.sh would not have got there"
 
@@ -303,7 +307,7 @@ def test_case_3_driver_older_than_torchs_cuda(linux: FakeMachine) -> None:
     assert (finding.id, finding.level) == ("torch-cuda.newer-than-driver", "error")
     assert "550.54.15" in finding.seen
     assert "uninstall -y torch nvidia-nccl-cu13 && python -m pip install torch==2.10.0" in finding.cure
-    assert "driver 580 or newer and reboot" in finding.cure
+    assert finding.cure.endswith("\n# or: sudo ubuntu-drivers install nvidia:580 && sudo reboot")
     text = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040)"
     assert explain_failure(text, linux) == [finding]
 
@@ -317,8 +321,37 @@ def test_case_3_a_driver_for_cuda_11_needs_an_update(wsl: FakeMachine) -> None:
     wsl.libcuda = replace(wsl.libcuda, version=(11, 6))
     finding = only(wsl.with_torch("2.6.0", "12.4"))
     assert finding.id == "torch-cuda.newer-than-driver"
-    assert "pip" not in finding.cure
-    assert "on Windows, never inside WSL" in finding.cure
+    assert finding.cure.startswith("explorer.exe https://www.nvidia.com/drivers   # ")
+    assert "installed on Windows, never inside WSL; then in PowerShell: wsl.exe --shutdown" in finding.cure
+
+
+@pytest.mark.parametrize(
+    ("release", "cure"),
+    [
+        ("ID=ubuntu\nID_LIKE=debian", "sudo ubuntu-drivers install nvidia:580 && sudo reboot"),
+        (
+            'NAME="Linux Mint"\nID=linuxmint\nID_LIKE="ubuntu debian"',
+            "sudo ubuntu-drivers install nvidia:580 && sudo reb",
+        ),
+        ("ID=debian", "sudo apt-get install nvidia-open && sudo reboot   # from NVIDIA's repository"),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"', "sudo dnf install nvidia-open && sudo reboot   # from NVIDIA's"),
+        ('ID="amzn"\nID_LIKE="fedora"', "sudo dnf install nvidia-open && sudo reboot   # from NVIDIA's"),
+        ("ID=fedora", "sudo dnf install akmod-nvidia && sudo reboot   # from RPM Fusion"),
+        ('ID="opensuse-leap"\nID_LIKE="suse opensuse"', "sudo zypper install nvidia-open && sudo reboot"),
+        ("ID=endeavouros\nID_LIKE=arch", "sudo pacman -Syu nvidia-open && sudo reboot"),
+        ("ID=nixos", "sudo sh NVIDIA-Linux-*-580.*.run && sudo reboot   # from https://www.nvidia.com/drivers"),
+        ("", "sudo sh NVIDIA-Linux-*-580.*.run && sudo reboot"),
+    ],
+)
+def test_case_3_the_drivers_command_for_this_distribution(linux: FakeMachine, release: str, cure: str) -> None:
+    """The driver runs CUDA 11: no torch that the suite is tested with runs on it."""
+    linux.write("/etc/os-release", f"{release}\n")
+    linux.libcuda = replace(linux.libcuda, version=(11, 6))
+    finding = only(linux.with_torch("2.6.0", "12.4"))
+    assert finding.id == "torch-cuda.newer-than-driver"
+    assert finding.cure.startswith(cure)
+    linux.write("/.dockerenv")
+    assert only(linux).cure.startswith("sudo ubuntu-drivers install nvidia:580 && sudo reboot   # on the host")
 
 
 @pytest.mark.parametrize(
@@ -436,8 +469,29 @@ def test_nvidia_smi_failures(linux: FakeMachine, cause: str) -> None:
     assert (finding.id, finding.level) == (f"driver.{cause}", "error")
     assert SMI_FAILURES[cause].splitlines()[0] in finding.seen
     linux.write("/.dockerenv")
-    assert finding.cure in only(linux).cure
+    assert finding.cure in only(linux).cure or cause == "nvml-unknown"
     assert "on the host" in only(linux).cure
+
+
+@pytest.mark.parametrize(
+    ("mark", "environment", "cure"),
+    [
+        ("/.dockerenv", {}, "docker restart box   # on the host"),
+        ("/run/.containerenv", {}, "podman restart box   # on the host"),
+        ("/.singularity.d/x", {}, "apptainer exec --nv ..."),
+        ("/tmp/x", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubectl delete pod box   # its deployment or job starts"),
+    ],
+)
+def test_a_container_that_lost_its_gpu(linux: FakeMachine, mark: str, environment: dict[str, str], cure: str) -> None:
+    broken_driver(linux, SMI_FAILURES["nvml-unknown"]).write(mark)
+    assert only(linux.with_environment(**environment)).cure.startswith(cure)
+
+
+def test_a_pod_without_gpus(no_gpu: FakeMachine) -> None:
+    no_gpu.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15")
+    finding = only(no_gpu.with_environment(KUBERNETES_SERVICE_HOST="10.0.0.1"))
+    assert finding.id == "driver.container"
+    assert finding.cure.startswith("kubectl set resources deployment NAME --limits=nvidia.com/gpu=1   # ")
 
 
 @pytest.mark.parametrize(
@@ -554,7 +608,8 @@ def test_case_10_killed_for_lack_of_memory(wsl: FakeMachine) -> None:
     trouble = troubles(wsl)
     assert list(trouble) == ["memory.little", "cgroup.oom-kills"]
     assert "3 process" in trouble["cgroup.oom-kills"].title
-    assert all(".wslconfig" in finding.cure for finding in trouble.values())
+    opens_it = 'cmd.exe /c "notepad %UserProfile%\\.wslconfig"   # write below [wsl2]: memory=24GB'
+    assert all(finding.cure.startswith(opens_it) for finding in trouble.values())
     assert explain_failure("exitcode: -9 (SIGKILL)", wsl) == list(trouble.values())
     assert "cgroup" not in found(wsl)
     wsl.write("/.dockerenv")
@@ -616,6 +671,96 @@ def test_case_11_the_interface_taken(no_gpu: FakeMachine, address: str, text: st
     assert found(no_gpu)["hostname"].seen == ""
     no_gpu.write("/proc/net/route", "Iface\n")
     assert found(no_gpu)["interface"].title == "no way out of this machine"
+
+
+# --- the error texts that README quotes
+
+
+def without_uvm(machine: FakeMachine) -> FakeMachine:
+    machine.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 999)
+    return machine.with_torch("2.6.0", "12.4")
+
+
+def without_code(machine: FakeMachine) -> FakeMachine:
+    return machine.with_torch("2.6.0", "12.4", "sm_50 sm_80")
+
+
+def with_transformers_5(machine: FakeMachine) -> FakeMachine:
+    others = tuple(each for each in machine.distributions if each.name != "transformers")
+    return machine.change(distributions=(*others, Distribution("transformers", "5.0.0", "/venv/site-packages")))
+
+
+def with_a_taken_gpu(machine: FakeMachine) -> FakeMachine:
+    card = gpu(memory__used="70000", compute_mode="Exclusive_Process")
+    machine.install("/usr/bin/nvidia-smi", FakeSmi(card))
+    return machine
+
+
+def with_little_memory(machine: FakeMachine) -> FakeMachine:
+    machine.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
+    machine.disks["/dev/shm"] = Disk(64 << 20, 64 << 20, True)
+    return machine
+
+
+def beside_others(machine: FakeMachine) -> FakeMachine:
+    machine.hostname_answer = {"hostname": "box", "address": "127.0.1.1"}
+    return machine.with_environment(NNODES="2")
+
+
+# README's case -> the machine in that trouble
+README_MACHINES: dict[int, tuple[str, Callable[[FakeMachine], FakeMachine]]] = {
+    1: ("wsl", shadow),
+    2: ("linux", lambda machine: machine.with_torch("2.13.0+cpu", None)),
+    3: ("linux", lambda machine: machine.with_torch("2.13.0", "13.0")),
+    5: ("linux", without_code),
+    7: ("linux", lambda machine: broken_driver(machine, SMI_FAILURES["version-mismatch"])),
+    8: ("linux", with_transformers_5),
+    9: ("linux", with_a_taken_gpu),
+    10: ("linux", with_little_memory),
+    11: ("linux", beside_others),
+    12: ("linux", without_uvm),
+}
+CASES_WITHOUT_A_TEXT = {4, 6}  # nothing is said there but that there is no GPU
+
+
+def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
+    """README's troubleshooting: a case's number -> the texts quoted in its heading, and its finding ids."""
+    section = (REPOSITORY / "README.md").read_text().split("\n## Troubleshooting\n")[1]
+    cases = re.findall(r"^(\d+)\. \*\*(.*?)\*\*(.*?)(?=^\d+\. |^<details>)", section, re.MULTILINE | re.DOTALL)
+    return {
+        int(number): (
+            [text for text in re.findall(r"`([^`]+)`", heading) if text != "nvidia-smi"],
+            set(re.findall(r"`([a-z-]+\.[a-z-]+)`", body[body.rindex("(") :])),
+        )
+        for number, heading, body in cases
+    }
+
+
+def test_every_case_of_the_readme_that_quotes_a_text_has_a_machine() -> None:
+    cases = readme_cases()
+    assert set(cases) == set(README_MACHINES) | CASES_WITHOUT_A_TEXT
+    assert {number for number, (texts, _) in cases.items() if not texts} == CASES_WITHOUT_A_TEXT
+    assert all(ids for _, ids in cases.values())
+
+
+README_TEXTS = [(number, text) for number, (texts, _) in readme_cases().items() for text in texts]
+# what else the same machines make torch, torchrun and NVIDIA's tools say
+OTHER_TEXTS = [
+    (2, "RuntimeError: Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False."),
+    (7, "Failed to initialize NVML: Driver/library version mismatch"),
+    (7, "UserWarning: Can't initialize NVML"),
+    (10, "exitcode  : -9 (pid: 4711)"),
+    (12, "RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env"
+         " variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero."),
+    (12, "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 304: OS call failed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "text"), README_TEXTS + OTHER_TEXTS)
+def test_a_text_leads_to_its_case(case: int, text: str, request: pytest.FixtureRequest) -> None:
+    kind, breaks = README_MACHINES[case]
+    explained = {finding.id for finding in explain_failure(text, breaks(request.getfixturevalue(kind)))}
+    assert explained & readme_cases()[case][1], explained
 
 
 # --- the rest of the table
@@ -737,6 +882,7 @@ def test_gpu_without_a_driver(no_gpu: FakeMachine) -> None:
     finding = only(no_gpu)
     assert (finding.id, finding.level) == ("driver.not-installed", "error")
     assert "nouveau" in finding.seen
+    assert finding.cure == "sudo ubuntu-drivers install nvidia:580 && sudo reboot"
 
 
 def test_nvidia_sound_cards_and_other_vendors_are_no_gpus(no_gpu: FakeMachine) -> None:
@@ -812,7 +958,21 @@ def test_torch_is_missing_or_for_amd_or_broken(linux: FakeMachine) -> None:
 def test_torch_disagrees_with_libcuda(linux: FakeMachine) -> None:
     linux.torch = replace(linux.torch, devices=(), error="RuntimeError: CUDA unknown error")
     assert only(linux).id == "torch-gpu.none"
-    assert "CUDA unknown error" in only(linux).seen
+    assert only(linux).seen == "RuntimeError: CUDA unknown error"
+    linux.torch = replace(linux.torch, paths=(LINUX_LIBCUDA,))
+    assert "torch loads" not in only(linux).seen
+    linux.torch = replace(linux.torch, paths=("/opt/x/libcuda.so.1",))
+    assert only(linux).seen.endswith(f"; torch loads /opt/x/libcuda.so.1, others {LINUX_LIBCUDA}")
+
+
+def test_torchs_libcuda_comes_from_its_process() -> None:
+    class Answering(Machine):
+        def probe(self, *arguments: str, timeout_seconds: float, environment: Any = None) -> dict[str, Any]:
+            return {"imported": True, "arch_list": ["sm_90"], "paths": [LINUX_LIBCUDA]}
+
+    machine = Answering()
+    machine.torch_files = TorchFiles("2.6.0", "12.4")
+    assert machine.torch == TorchImport(True, arch_list=("sm_90",), paths=(LINUX_LIBCUDA,))
 
 
 def test_torch_without_distributed(linux: FakeMachine) -> None:
@@ -934,6 +1094,11 @@ def test_missing_packages_and_untested_python(linux: FakeMachine) -> None:
     assert "python.untested" in troubles(linux.change(python=(3, 13, 0)))
 
 
+def test_the_distribution_is_named_once(linux: FakeMachine) -> None:
+    lines = as_text([found(linux)["system"]])
+    assert lines == "ok       Ubuntu 22.04.5 LTS (kernel 6.8.0-45-generic, x86_64)"
+
+
 def test_other_systems(linux: FakeMachine) -> None:
     assert only(linux.change(system="Windows")).id == "system.unsupported"
 
@@ -1013,6 +1178,7 @@ def test_locked_memory_matters_to_infiniband_alone(linux: FakeMachine) -> None:
     assert troubles(linux) == {}
     linux.write("/sys/class/infiniband/mlx5_0/x")
     assert only(linux).id == "memlock.small"
+    assert explain_failure("ibv_reg_mr failed, errno 12", linux) == [only(linux)]
     linux.limits["memlock"] = (None, None)
     assert troubles(linux) == {}
 
@@ -1246,9 +1412,22 @@ def test_old_pythons_get_a_sentence(name: str) -> None:
     assert "try: " in done.stderr
 
 
+def test_the_command_for_a_newer_python_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = tmp_path / "a folder" / "python3.12"
+    newer.parent.mkdir()
+    newer.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    newer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{newer.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = old_python.refusal((3, 10)).splitlines()[1].removeprefix("try: ")
+    done = subprocess.run(["sh", "-c", f"{command} --help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m commons.doctor")
+
+
 # --- real processes on this machine
 
-HAS_TORCH = shutil.which("true") and Machine().torch_files.version is not None
+HAS_TORCH = Machine().torch_files.version is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
 needs_no_gpu = pytest.mark.skipif(bool(Machine().which("nvidia-smi")), reason="for machines without a GPU")
 
@@ -1369,16 +1548,6 @@ def test_programs_are_found_outside_path_and_must_be_executable(tmp_path: Path) 
     assert machine.which("nvidia-smi") == "/usr/lib/wsl/lib/nvidia-smi"
 
 
-# A driver's library as far as the doctor asks it; INIT is what cuInit answers
-LIBCUDA_SOURCE = """
-#include <string.h>
-int cuInit(unsigned flags) { return INIT; }
-int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
-int cuDeviceGetCount(int *count) { *count = 1; return 0; }
-int cuDeviceGet(int *device, int index) { *device = index; return 0; }
-int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA Fake 1", length); return 0; }
-int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return 0; }
-"""
 SMI_SCRIPT = """#!/bin/sh
 case "$*" in
     *query-gpu=*clocks_event_reasons.active*)
@@ -1394,11 +1563,8 @@ esac
 @pytest.mark.parametrize(("init", "finding_id"), [(100, "libcuda.no-device"), (0, "libcuda"), (999, "libcuda.unknown")])
 def test_real_library_and_real_nvidia_smi(tmp_path: Path, init: int, finding_id: str) -> None:
     """The way through dlopen, /proc/self/maps and a child process, with a library made here."""
-    source = tmp_path / "libcuda.c"
-    source.write_text(LIBCUDA_SOURCE)
     library = tmp_path / "libcuda.so.1"
-    compile_it = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-o", str(library), str(source)]
-    subprocess.run(compile_it, check=True, timeout=60)
+    compile_libcuda(library, init)
     (tmp_path / "nvidia-smi").write_text(SMI_SCRIPT)
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"

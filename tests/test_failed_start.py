@@ -3,12 +3,14 @@ told to."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import wsl_world
 from suite_runs import REPOSITORY, run_processes
 from test_launcher import Launched, wait_until_gone
 
@@ -65,6 +67,56 @@ def test_the_cause_and_the_cure_are_on_the_screen_and_no_traceback(tmp_path: Pat
     assert (run.run_dir() / "console.log").read_text().rstrip().endswith(run.stderr.splitlines()[-1])
 
 
+@pytest.fixture
+def wsl(tmp_path: Path) -> tuple[str, ...]:
+    """What stands before a command that is to run in the report's WSL 2; tmp_path is seen in there."""
+    if not torch_is_a_cpu_build or wsl_world.tools_missing():
+        pytest.skip(wsl_world.tools_missing() or "torch itself would ask the made libcuda")
+    prefix = wsl_world.build(tmp_path, SMI)
+    if problem := wsl_world.cannot_be_built(tmp_path, prefix):
+        pytest.skip(f"needs mounts of its own: {problem}")
+    return prefix
+
+
+def test_the_report_for_real(tmp_path: Path, wsl: tuple[str, ...]) -> None:
+    """WSL 2, an RTX 4070, a Linux driver's libcuda before Windows' own: real ranks fail, and a real doctor says why."""
+    run = Launched(tmp_path / "run", FAILS.format(message=NO_GPUS), prefix=wsl).wait(timeout=150)
+    assert run.code == 1
+    assert "Traceback" not in run.stderr
+    notice, command = run.stderr.splitlines()[:2]
+    assert notice == "No GPU seen: a Linux NVIDIA driver inside WSL hides the one from Windows; try:"
+    assert command.strip() == "LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"
+    final = run.stderr.split("Rank 0 of 2 failed:\n")[1]
+    assert final.startswith(f"RuntimeError: {NO_GPUS}\n\nerror ")
+    seen = " ".join(final.split())
+    assert (
+        "libcuda.so.535.183.01; cuInit answers 100 CUDA_ERROR_NO_DEVICE; nvidia-smi sees NVIDIA GeForce RTX 4070"
+        in seen
+    )
+    *_, at_once, for_good, name = run.stderr.rstrip().splitlines()
+    assert at_once.strip().startswith("cure: LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh   # at once")
+    assert for_good.strip().startswith("sudo mkdir -p /root/linux-driver && sudo mv ")
+    assert name.strip() == "id:   libcuda.shadowed"
+    assert run.stderr.count("id:   ") == 1
+
+
+def test_the_reports_cures_for_real(wsl: tuple[str, ...]) -> None:
+    """Each as it is printed, in a world as new: after it a process loads Windows' libcuda, which sees the GPU."""
+    doctor = f"{sys.executable} -m commons.doctor --topic gpu --json"
+
+    def findings(script: str) -> dict[str, dict[str, str]]:
+        code, console = run_processes([*wsl, "sh", "-c", script])
+        assert code in (0, 1), console
+        return {each["id"]: each for each in json.loads(console[console.index("{") :])["findings"]}
+
+    at_once, for_good = findings(doctor)["libcuda.shadowed"]["cure"].splitlines()
+    variable = at_once.partition(" bash run_gemini.sh")[0]
+    for script, left in ((f"{variable} {doctor}", {"libcuda.linux-driver-in-wsl"}), (f"{for_good}\n{doctor}", set())):
+        found = findings(script)
+        assert found["libcuda"]["seen"].startswith("/usr/lib/wsl/lib/libcuda.so.1: NVIDIA Fake 1"), found
+        assert {name for name in found if name.startswith("libcuda.")} == left
+
+
 def test_nothing_is_said_where_nothing_here_explains_it(tmp_path: Path) -> None:
     """The error is of a kind that the doctor knows, and all is well with what it looks at."""
     run = Launched(tmp_path, FAILS.format(message="Connection refused"), GLOO_SOCKET_IFNAME="lo").wait(timeout=100)
@@ -88,6 +140,8 @@ def test_without_the_launcher_too(tmp_path: Path, ranks: int) -> None:
     assert error < console.index("id:   interface.unknown"), "after the error"
     if ranks == 1:
         assert console.rstrip().endswith("id:   interface.unknown")
+    else:
+        assert console.index("id:   interface.unknown") < console.index("ChildFailedError"), "torchrun's report follows"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +152,12 @@ def test_without_the_launcher_too(tmp_path: Path, ranks: int) -> None:
         ("RuntimeError: The NVIDIA driver on your system is too old (found version 12040).", True),
         ("RuntimeError: CUDA error: no kernel image is available for execution on the device", True),
         ("torch.AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
+        ("RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment", True),
         ("torch.OutOfMemoryError: CUDA out of memory.", False),
+        (
+            "RuntimeError: Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False",
+            False,
+        ),
         ("ImportError: cannot import name 'X' from 'transformers'", False),
         ("ValueError: the cause", False),
     ],

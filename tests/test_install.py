@@ -643,13 +643,22 @@ def test_run_gemini_does_not_start_without_an_environment(stubbed: Machine) -> N
     assert_one_error(done, "no network")
 
 
-def test_doctor_needs_no_environment(stubbed: Machine) -> None:
+@pytest.mark.parametrize(
+    ("flags", "passed_on"),
+    [
+        (["--doctor"], []),
+        (["--doctor", "--json"], ["--json"]),
+        (["--json", "--doctor"], ["--json"]),
+        (["--failure", "no --doctor helps", "--doctor", "--json"], ["--failure", "no --doctor helps", "--json"]),
+    ],
+)
+def test_doctor_needs_no_environment(stubbed: Machine, flags: list[str], passed_on: list[str]) -> None:
     shutil.rmtree(stubbed.venv)
 
-    done = stubbed.run(str(stubbed.repo / "run_gemini.sh"), "--doctor", "--json", **cut_off_network())
+    done = stubbed.run(str(stubbed.repo / "run_gemini.sh"), *flags, **cut_off_network())
 
     assert done.returncode == 7
-    assert done.stdout.startswith("commons.doctor ['--json']")
+    assert done.stdout.startswith(f"commons.doctor {passed_on} ")
     assert not stubbed.venv.exists()
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from commons import cli, launcher, nodes
+from commons.config import TrainConfig
 from commons.console_copy import LineCleaner, LogFile
 from commons.ending import STOP_SIGNALS
 from commons.environment import python_path
@@ -54,16 +55,25 @@ class Launched:
 
     Args:
         before: Python that runs in the launcher's process before the launcher.
+        prefix: of its command line.
     """
 
-    def __init__(self, folder: Path, body: str, *flags: str, before: str = "", **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        body: str,
+        *flags: str,
+        before: str = "",
+        prefix: Sequence[str] = (),
+        **variables: str,
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tmp").mkdir()
         script = folder / "training.py"
         script.write_text(PRELUDE + body)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"{before}\n{LAUNCH}", str(script), *flags],
+            [*prefix, sys.executable, "-c", f"{before}\n{LAUNCH}", str(script), *flags],
             cwd=folder,
             env=environment(TMPDIR=str(folder / "tmp"), **variables),
             stdin=subprocess.DEVNULL,
@@ -447,6 +457,19 @@ def test_every_variable_is_in_the_help(capsys: pytest.CaptureFixture) -> None:
     assert launcher.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(variable in text for variable in [*FLAG_VARIABLES, *JOB_VARIABLES])
+    assert "\n  --doctor --json  " in text
+
+
+@pytest.mark.parametrize("command", ["", "LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"])
+def test_the_cure_of_no_gpu_is_a_line_to_copy(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    reason = "no GPU seen: a Linux driver hides the one from Windows" + (f"; try: {command}" if command else "")
+    monkeypatch.setattr(launcher, "why_no_gpu", lambda: reason)
+    notice = launcher._no_gpu_notice(TrainConfig(model_type="gpt2_tiny"), Nodes(2))
+    first, *cure, last = notice.splitlines() if command else notice.partition(". ")[::2]
+    assert first.startswith("No GPU seen: a Linux driver hides the one from Windows")
+    assert [line.strip() for line in cure] == ([command] if command else [])
+    assert last.startswith("Training gpt2_tiny on 2 CPU ranks with gloo instead; more in README.md (Troubleshooting)")
+    assert last.endswith("from: bash run_gemini.sh --doctor"), "a command that ends its line can be copied too"
 
 
 @pytest.mark.parametrize(

@@ -84,17 +84,20 @@ NETWORK = ("interface", "hostname")
 SYMPTOMS: tuple[Symptom, ...] = (
     Symptom(r"No CUDA GPUs|NVIDIA driver|CUDA driver|not compiled with CUDA|no kernel image", NO_GPU_TOPICS, False),
     Symptom(r"CUDA initialization|no CUDA-capable device|forward compatibility|libcuda", NO_GPU_TOPICS, False),
+    Symptom(r"CUDA unknown error|cudaGetDeviceCount|Driver/library version mismatch|\bNVML\b", NO_GPU_TOPICS, False),
+    # a checkpoint of a GPU on a machine that never had one: the code may have to change
+    Symptom(r"torch\.cuda\.is_available\(\) is False", NO_GPU_TOPICS),
     Symptom(r"CUDA-capable device\(s\) is/are busy|devices? (is|are) busy or unavailable",
             ("gpu", "gpu-state"), False),
     Symptom(r"CUDA (error: )?out of memory|CUDA_ERROR_OUT_OF_MEMORY", ("gpu", "gpu-state", "memory")),
     Symptom(r"\bECC\b|CUDA error|illegal memory access|not yet initialized", ("gpu-state", "gpu")),
-    Symptom(r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError|unexpected keyword"
-            r" argument", ("packages",)),
-    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError",
+    Symptom(r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError|TypeError|unexpected"
+            r" keyword argument", ("packages",)),
+    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError|\bibv_\w+ failed",
             (*NETWORK, "peer-access", "shm", "memlock", "open-files", "compute-mode", "mig")),
     Symptom(r"gloo|connectFullMesh|timed? ?out|Connection (refused|reset|closed)|No route to host|rendezvous", NETWORK),
     # not the whole topic of the host: the answer is to come at once, for a run over several machines ends meanwhile
-    Symptom(r"Killed|SIGKILL|signal 9|exitcode: -9|can(no|')t allocate memory", ("memory", "cgroup")),
+    Symptom(r"Killed|SIGKILL|signal 9|exitcode *: -9|exit code 137|can(no|')t allocate memory", ("memory", "cgroup")),
     Symptom(r"Bus error|SIGBUS", ("shm", "memory", "cgroup")),
     Symptom(r"No space left|Disk quota exceeded", ("disk", "shm")),
     Symptom(r"Too many open files", ("open-files",)),

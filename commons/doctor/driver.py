@@ -19,8 +19,29 @@ CONTAINER_WITH_GPUS = {
     "docker": "docker run --gpus all --ipc=host ...   # needs the NVIDIA Container Toolkit on the host",
     "podman": "podman run --device nvidia.com/gpu=all ...   # needs nvidia-ctk cdi generate on the host",
     "apptainer": "apptainer exec --nv ...",
-    "kubernetes": "kubectl explain pod.spec.containers.resources.limits   # the pod must ask for nvidia.com/gpu: 1",
+    "kubernetes": "kubectl set resources deployment NAME --limits=nvidia.com/gpu=1   # or so in the file of a lone pod",
 }
+# by the host; {name} is what the engine calls the container, unless it was told otherwise
+RESTART_CONTAINER = {
+    "docker": "docker restart {name}   # on the host; docker ps lists the names",
+    "podman": "podman restart {name}   # on the host; podman ps lists the names",
+    "kubernetes": "kubectl delete pod {name}   # its deployment or job starts another",
+}
+# what every CUDA that torch is built for runs on, and the last branch for GPUs before Turing
+DRIVER_BRANCH = 580
+NVIDIA_REPOSITORY = f"from NVIDIA's repository; for GPUs before Turing: cuda-drivers of branch {DRIVER_BRANCH}"
+# distribution -> (command, where its package comes from); https://docs.nvidia.com/datacenter/tesla/
+# driver-installation-guide names the packages
+INSTALL_DRIVER = {
+    "ubuntu": (f"sudo ubuntu-drivers install nvidia:{DRIVER_BRANCH}", ""),
+    "debian": ("sudo apt-get install nvidia-open", NVIDIA_REPOSITORY),
+    "rhel": ("sudo dnf install nvidia-open", NVIDIA_REPOSITORY),
+    "amzn": ("sudo dnf install nvidia-open", NVIDIA_REPOSITORY),
+    "fedora": ("sudo dnf install akmod-nvidia", "from RPM Fusion"),
+    "suse": ("sudo zypper install nvidia-open", NVIDIA_REPOSITORY),
+    "arch": ("sudo pacman -Syu nvidia-open", ""),
+}
+DRIVER_FILE = (f"sudo sh NVIDIA-Linux-*-{DRIVER_BRANCH}.*.run", "from https://www.nvidia.com/drivers")
 TRAIN_ON_CPU = "bash run_gemini.sh --device cpu"
 
 
@@ -39,11 +60,31 @@ def with_gpus(machine: Machine) -> str:
     return CONTAINER_WITH_GPUS.get(machine.container, CONTAINER_WITH_GPUS["docker"])
 
 
+def restart_container(machine: Machine) -> str:
+    command = RESTART_CONTAINER.get(machine.container)
+    return command.format(name=machine.hostname_answer.get("hostname", "NAME")) if command else with_gpus(machine)
+
+
+def install_driver(machine: Machine) -> str:
+    """One line: the command that puts a driver in, or a newer one in the old one's place."""
+    if machine.wsl == 2:
+        return (
+            f"explorer.exe https://www.nvidia.com/drivers   # driver {DRIVER_BRANCH} or newer, installed on Windows,"
+            " never inside WSL; then in PowerShell: wsl.exe --shutdown"
+        )
+    if machine.container:  # its own distribution says nothing of the host's
+        command, note = INSTALL_DRIVER["ubuntu"][0], "on the host; if that is no Ubuntu, its own driver package"
+    else:
+        known = [INSTALL_DRIVER[name] for name in machine.distribution_ids if name in INSTALL_DRIVER]
+        command, note = known[0] if known else DRIVER_FILE
+    return f"{command} && sudo reboot" + (f"   # {note}" if note else "")
+
+
 # --- where this runs
 
 
 def system(machine: Machine) -> Iterator[Finding]:
-    seen = f"{machine.distribution}, kernel {machine.kernel}, {machine.processor}"
+    seen = f"kernel {machine.kernel}, {machine.processor}"
     if machine.system != "Linux":
         yield error(
             "unsupported",
@@ -128,7 +169,7 @@ SMI_PROBLEMS: Sequence[tuple[str, str, str, str, str]] = (
         "nvml-unknown",
         "the driver's management library does not start",
         "In a container: the host reloaded its control groups and took the GPU's device nodes away.",
-        "exit   # and start the container again; on the host: docker run --gpus all ...",
+        'sudo dmesg | grep -iE "nvrm|xid"   # the reason\nsudo reboot',
     ),
 )
 
@@ -178,6 +219,8 @@ def smi_failure(machine: Machine, answer: Smi) -> Finding:
         return warning("complains", "nvidia-smi complains", seen=seen, why=why, cure=cure)
     if machine.wsl == 2:
         cure = UPDATE_WSL
+    elif machine.container and cause == "nvml-unknown":
+        cure = f"{restart_container(machine)}\n# where it comes back: {with_gpus(machine)}"
     elif machine.container:
         cure = f"{cure}\n# on the host, then start the container again: {with_gpus(machine)}"
     return error(cause, title, seen=seen, why=why, cure=cure)
@@ -205,8 +248,7 @@ def without_nvidia_smi(machine: Machine) -> Finding:
             "there is an NVIDIA GPU and no NVIDIA driver",
             seen=f"PCI {', '.join(hardware)}; no nvidia-smi" + ("; the kernel uses nouveau" if nouveau else ""),
             why="CUDA needs NVIDIA's own driver; nouveau cannot run it.",
-            cure="sudo ubuntu-drivers install   # Ubuntu; elsewhere the distribution's NVIDIA driver"
-            " package\nsudo reboot",
+            cure=install_driver(machine),
         )
     return no_gpu(machine)
 

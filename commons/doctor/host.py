@@ -158,7 +158,7 @@ def cgroup(machine: Machine) -> Iterator[Finding]:
 def more_memory(machine: Machine) -> str:
     if machine.wsl == 2 and not machine.container:
         return (
-            "# on Windows, in %UserProfile%\\.wslconfig below [wsl2]: memory=24GB   (the default is half"
+            'cmd.exe /c "notepad %UserProfile%\\.wslconfig"   # write below [wsl2]: memory=24GB (the default is half'
             " the machine's)\n"
             "wsl.exe --shutdown   # in PowerShell; then open WSL again"
         )

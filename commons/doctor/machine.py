@@ -71,7 +71,7 @@ class TorchFiles:
 
 @dataclass(frozen=True)
 class TorchImport:
-    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"."""
+    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"; paths: its libcuda."""
 
     imported: bool
     version: str = ""
@@ -83,6 +83,7 @@ class TorchImport:
     nccl: str = ""
     distributed: bool = False
     import_seconds: float = 0.0
+    paths: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -222,6 +223,12 @@ class Machine:
         return match[1] if match else self.system
 
     @cached_property
+    def distribution_ids(self) -> list[str]:
+        """This distribution and those that it descends from, nearest first: ["rocky", "rhel", "centos", "fedora"]."""
+        fields = dict(re.findall(r'^(ID|ID_LIKE)="?([^"\n]*)', self.read("/etc/os-release") or "", re.MULTILINE))
+        return [name for field in ("ID", "ID_LIKE") for name in fields.get(field, "").split()]
+
+    @cached_property
     def wsl(self) -> int:
         """0 outside WSL, else 1 or 2. WSL 1 translates system calls and calls itself 4.4.0-...-Microsoft."""
         kernel = self.kernel.lower()
@@ -325,7 +332,8 @@ class Machine:
         known = TorchImport.__dataclass_fields__
         answer = {name: value for name, value in answer.items() if name in known}
         answer["devices"] = devices_of(answer)
-        answer["arch_list"] = tuple(answer.get("arch_list", ()))
+        for name in ("arch_list", "paths"):
+            answer[name] = tuple(answer.get(name, ()))
         answer["peer_access"] = tuple(tuple(row) for row in answer.get("peer_access", ()))
         return TorchImport(**{"imported": False, **answer})
 

@@ -3,6 +3,8 @@
 import os
 import sys
 
+SUITE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 
 def newer_pythons(oldest):
     """Paths of interpreters on PATH that are new enough, by their names alone."""
@@ -25,7 +27,7 @@ def refusal(oldest):
         "error: this suite needs Python " + wanted + " or newer; this is Python " + running + ", " + sys.executable
     ]
     if found:
-        lines.append("try: " + found[-1] + " -m commons.doctor")
+        lines.append('try: PYTHONPATH="' + SUITE + '" "' + found[-1] + '" -m commons.doctor')
     else:
         lines.append("try: sudo apt-get install python3." + str(oldest[1]) + " python3." + str(oldest[1]) + "-venv")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from commons.doctor.driver import install_driver
 from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import CudaDevice, Machine
 from commons.doctor.packages import shared_cuda_libraries
@@ -17,8 +18,6 @@ NEWEST_TORCH_TESTED = "2.13.0"
 NEWEST_TORCH_FOR_OLD_GPUS = "2.7.1"
 OLDEST_CURRENT_CAPABILITY = (7, 5)
 FIRST_CAPABILITY_WITH_BF16 = (8, 0)
-# CUDA 13 needs this branch of the driver, on Linux and on Windows
-DRIVER_BRANCH_FOR_CUDA_13 = 580
 
 
 def gpus_are_there(machine: Machine) -> bool:
@@ -131,19 +130,13 @@ def torch_cuda(machine: Machine) -> Iterator[Finding]:
 def driver_too_old(machine: Machine, newest: str) -> Finding:
     files, gpus = machine.torch_files, smi(machine).gpus
     version = gpus[0].driver_version if gpus else "unknown"
-    branch = f"driver {DRIVER_BRANCH_FOR_CUDA_13} or newer" if (files.cuda or "").startswith("13") else "a newer driver"
-    update = (
-        f"# or install {branch} on Windows, never inside WSL, then in PowerShell: wsl.exe --shutdown"
-        if machine.wsl == 2
-        else f"# or install {branch}" + (" on the host" if machine.container else " and reboot")
-    )
-    fits = newest.startswith("12")
+    update, fits = install_driver(machine), newest.startswith("12")
     return error(
         "newer-than-driver",
         f"torch was built for CUDA {files.cuda} and the driver runs CUDA {newest} at most",
         seen=f"torch {files.version}; driver {version}; {files.path}",
         why="A driver runs no CUDA of a newer major version: 'The NVIDIA driver on your system is too old'.",
-        cure=f"{install(machine, NEWEST_TORCH_WITH_CUDA_12)}\n{update}" if fits else f"nvidia-smi   {update}",
+        cure=f"{install(machine, NEWEST_TORCH_WITH_CUDA_12)}\n# or: {update}" if fits else update,
     )
 
 
@@ -217,10 +210,17 @@ def torch_gpu(machine: Machine) -> Iterator[Finding]:
         yield error(
             "none",
             "torch sees no GPU",
-            seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0],
+            seen=(facts.error or "torch.cuda.device_count() is 0").splitlines()[0] + other_libcuda(machine),
             why="The errors above, if any, are the cause; otherwise torch and libcuda disagree in this environment.",
             cure=f'{machine.python_path} -c "import torch; torch.cuda.init()"   # the whole message',
         )
+
+
+def other_libcuda(machine: Machine) -> str:
+    """Which libcuda torch's process has mapped, where it is not the one that a process without torch loads."""
+    paths = machine.torch.paths
+    other = paths and set(paths) != set(machine.libcuda.paths)
+    return f"; torch loads {', '.join(paths)}, others {', '.join(machine.libcuda.paths)}" if other else ""
 
 
 def nvcc(machine: Machine) -> Iterator[Finding]:
