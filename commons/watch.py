@@ -8,6 +8,7 @@ the program: its peers only wait for it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import linecache
@@ -200,8 +201,8 @@ class Watch:
     def _wake_for_its_stack(self, rank: int) -> None:
         """A stopped rank, which is to be killed, may run for the milliseconds in which it writes its stack."""
         with contextlib.suppress(OSError):
-            for signum in (signal.SIGUSR2, signal.SIGCONT):
-                os.kill(self._pids[rank], signum)
+            _signal_main_thread(self._pids[rank], signal.SIGUSR2)
+            os.kill(self._pids[rank], signal.SIGCONT)
             self._wait_for_stacks([rank], pause=0.002)
             os.kill(self._pids[rank], signal.SIGSTOP)
 
@@ -271,6 +272,17 @@ def verdict_lines(
     if first.state not in NOT_RUNNING:
         lines.append(f"If rank {first.rank} was at work, allow more time with --timeout.")
     return lines
+
+
+def _signal_main_thread(pid: int, signum: int) -> None:
+    """It answers before it goes on. Of a stopped process's threads any would take a signal to the process, while the
+    main one went on. tgkill(2): glibc has it since 2.30.
+    """
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None:
+        os.kill(pid, signum)
+    else:
+        tgkill(pid, pid, signum)
 
 
 def process_state(pid: int) -> str:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from commons.ending import STOP_SIGNALS
 from commons.environment import python_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,6 +58,12 @@ def clean_environment(**changes: str) -> dict[str, str]:
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(kept), **changes}
+
+
+def heed_all_signals() -> None:
+    """For preexec_fn: nohup makes its children ignore SIGHUP, and a shell those in the background Ctrl-C."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def run_processes(

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from suite_runs import heed_all_signals
 
 from commons import cli, launcher, nodes
 from commons.config import TrainConfig
@@ -80,8 +81,7 @@ class Launched:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # a shell that runs the tests in the background makes its children ignore Ctrl-C
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_all_signals,
         )
 
     def wait(self, timeout: float = 60) -> Launched:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from suite_runs import REPOSITORY, clean_environment
+from suite_runs import REPOSITORY, clean_environment, heed_all_signals
 
 from commons.metrics import StepRecord
 from commons.pulse import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
@@ -75,6 +75,7 @@ class Run:
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=heed_all_signals,
             )
 
     def processes(self) -> list[int]:
