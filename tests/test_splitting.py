@@ -153,15 +153,36 @@ def test_every_placement_runs_on_every_number_of_ranks_and_with_everything() -> 
     """Of the list itself: what the issue wants covered, so that nobody thins it out."""
     for ranks, cases in CASES.items():
         assert len(set(cases)) == len(cases)
+    for ranks, cases in ((ranks, CASES[ranks]) for ranks in (1, 2, 4)):
         gemini = [case for case in cases if case.plan == "CAI_Gemini"]
         assert {case.flag("placement", "static") for case in gemini} == set(PLACEMENTS), ranks
         assert any(f"--{name}" in case.flags for case in gemini for name in FRACTIONS), ranks
         for wanted in ("--grad_accum", "--clip_grad_norm", "--max_prefetch", "--precision fp16"):
             assert any(wanted in case.flags for case in gemini), (ranks, wanted)
+    assert any(case.flag("tp_degree", "1") == case.flag("pp_degree", "1") == "2" for case in CASES[8])
     every = [case for cases in CASES.values() for case in cases]
     assert {(case.plan, case.precision) for case in every} == {
         (name, precision) for name, plan in PLANS.items() for precision in plan.precisions if precision != "fp8"
     }
+
+
+@pytest.mark.parametrize("flag", ["--grad_accum", "--clip_grad_norm", "--max_prefetch"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_prefetches_accumulates_and_clips(placement: str, flag: str) -> None:
+    """Of the list itself: with Gemini's hooks a block, and under static with some of the chunks moved."""
+    gemini = [case for cases in CASES.values() for case in cases if case.plan == "CAI_Gemini"]
+    chosen = [
+        case for case in gemini if case.flag("placement", "static") == placement and "--tp_degree" not in case.flags
+    ]
+    if placement == "static":
+        chosen = [case for case in chosen if any(f"--{name}" in case.flags for name in FRACTIONS)]
+    assert any(flag in case.flags for case in chosen)
+
+
+def test_a_fraction_of_the_parameters_is_offloaded_in_some_case() -> None:
+    """Of the list itself: neither none nor all of them."""
+    fractions = [float(case.flag("offload_param_frac", "0")) for cases in CASES.values() for case in cases]
+    assert any(0 < fraction < 1 for fraction in fractions)
 
 
 @pytest.mark.parametrize("ranks", CASES)
