@@ -357,6 +357,19 @@ def test_flags_that_are_true_of_every_plan_are_taken(plan: str, monkeypatch: pyt
     assert read("--distplan", plan, *NEUTRAL_FLAGS.split())[1] == ""
 
 
+def test_heads_are_no_way_out_where_the_vocabulary_is_not_divided_either() -> None:
+    wrong = found(tp_degree=3, world_size=4)
+    assert "attention heads of gpt2_tiny: use --tp_degree 1, 2 or 4" in wrong and "--num_heads" not in wrong
+
+
+def test_gpus_of_several_machines_are_counted_together() -> None:
+    config, plan = TrainConfig(tp_degree=4, model_type="gpt2_tiny"), PLANS["CAI_Gemini"]
+    told = problems(config, 8, "cuda", 3, plan, local_world_size=4)
+    assert told == [
+        "4 ranks on this machine, but 3 visible GPUs: use GPUNUM=2 (torchrun --nproc_per_node 2), or --device cpu"
+    ]
+
+
 def test_a_precision_that_a_plan_cannot_names_both_ways_out() -> None:
     wrong = found(plan=PLANS["CAI_Gemini"], precision="fp32")
     assert "CAI_Gemini cannot train in --precision fp32: use --precision bf16 or fp16, or --distplan" in wrong
