@@ -39,9 +39,11 @@ pytestmark = pytest.mark.timeout(1200)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GPU_JOBS = 6
 PARAMETERS = [pytest.param(ranks, case, id=f"{ranks}: {case}") for ranks, cases in CASES.items() for case in cases]
-KEPT = {ranks: [str(case) for case in cases] for ranks, cases in SAME_ON_TWO_COPIES.items()}
 
 TP = "--distplan CAI_Gemini --tp_degree 2"
+# both see the same data: whole on one rank, cut on two
+SAVED = {1: Case("--distplan CAI_Gemini"), 2: Case(TP)}
+KEPT = {ranks: [*map(str, SAME_ON_TWO_COPIES.get(ranks, [])), str(SAVED.get(ranks))] for ranks in CASES}
 HYBRID = "--distplan CAI_Hybrid"
 
 
@@ -247,6 +249,29 @@ def test_clipping_is_the_same_under_every_plan(measured) -> None:
         for name, expected in weights[first].items():
             torch.testing.assert_close(weights[case][name], expected, rtol=1e-4, atol=2e-6, msg=f"{case}: {name}")
     assert min(runs[first]["grad_norms"]) > 0.3  # there was something to clip
+
+
+def test_a_split_model_s_optimizer_is_saved_whole(measured) -> None:
+    """Under tensor parallelism each parameter's moments in its own shape, and they are one rank's but for bf16's
+    rounding.
+    """
+    files: list[dict] = []
+    for ranks, case in SAVED.items():
+        results, folder = measured("cpu", ranks)
+        number = list(results).index(case)
+        weights, states = (torch.load(folder / f"{number}{end}.pt", weights_only=False) for end in ("", ".optimizer"))
+        shapes = sorted(state["exp_avg"].shape for state in states["state"].values())
+        # the head is the embedding
+        assert shapes == sorted(weight.shape for name, weight in weights.items() if name != "lm_head.weight"), case
+        files.append(states["state"])
+    whole, split = files
+    assert whole.keys() == split.keys()
+    for number, state in whole.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, found = state[name], split[number][name]
+            assert found.shape == expected.shape
+            assert (found - expected).norm() < 0.1 * expected.norm(), (number, name, expected.shape)
+        assert state["step"] == split[number]["step"] == 5
 
 
 @pytest.mark.parametrize(("mode", "case"), [(mode, case) for mode, cases in FAULTS.items() for case in cases], ids=str)
