@@ -265,7 +265,7 @@ def _heads(job: Job) -> Iterator[str]:
             f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
         )
     else:
-        degrees = f"--tp_degree {_either(_degrees_here(job, shape))}"
+        degrees = _degrees_here(job, shape)
         # other heads are no help where the vocabulary is not divided either
         ways_out = f"{way_out}, or {degrees}" if shape.padded_vocab % tp == 0 else f"use {degrees}"
         size = job.config.model_type
@@ -296,8 +296,7 @@ def _widths(job: Job) -> Iterator[str]:
     widths = {"hidden size (--hidden_size)": shape.hidden, "padded vocabulary": shape.padded_vocab}
     for what, width in widths.items():
         if width % tp:
-            degrees = _either(_degrees_here(job, shape))
-            yield f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree {degrees}"
+            yield f"--tp_degree {tp} does not divide the {what} of {width}: use {_degrees_here(job, shape)}"
 
 
 def _tensor_degrees(shape: ModelShape) -> list[int]:
@@ -306,10 +305,15 @@ def _tensor_degrees(shape: ModelShape) -> list[int]:
     return _divisors(math.gcd(shape.hidden, shape.padded_vocab, heads))
 
 
-def _degrees_here(job: Job, shape: ModelShape) -> list[int]:
-    """Of these, the ones that the ranks can be shared out with; all, where that fails whatever the degree."""
+def _degrees_here(job: Job, shape: ModelShape) -> str:
+    """The flag with these, as far as the ranks can be shared out with them; with all, where that fails whatever the
+    degree.
+    """
     degrees = _tensor_degrees(shape)
-    return [tp for tp in degrees if job.world_size % (tp * job.config.pp_degree) == 0] or degrees
+    fitting = [tp for tp in degrees if job.world_size % (tp * job.config.pp_degree) == 0] or degrees
+    if job.config.sequence_parallel == "on":
+        fitting = [tp for tp in fitting if tp > 1]
+    return f"--tp_degree {_either(fitting)}" if fitting else "--tp_degree 1 --sequence_parallel off"
 
 
 def _pipeline(job: Job) -> Iterator[str]:

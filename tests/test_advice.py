@@ -189,6 +189,9 @@ def small(ranks: int, **flags: int | str | None) -> Attempt:
 SPACES: dict[str, Callable[[], Iterator[Attempt]]] = {
     "tensor and pipeline parallel": lambda: layouts("CAI_Hybrid", DEGREES),
     "tensor parallel": lambda: layouts("CAI_Gemini", [1]),
+    "sequence parallel": lambda: (
+        layout.with_changes({"sequence_parallel": "on"}) for layout in layouts("CAI_Hybrid", DEGREES)
+    ),
     "batches in pieces": pieces,
     "on GPUs": on_gpus,
 }
