@@ -127,13 +127,14 @@ CASES: dict[int, list[Case]] = {
         *_gemini(
             "",
             "--precision fp16",
-            "--placement const --grad_accum 2",
+            "--placement const --grad_accum 2 --max_prefetch 2",
             "--placement cpu --precision fp16 --max_prefetch 2",
             f"--placement cpu {CLIPPED}",
             f"--placement auto {CLIPPED}",
             "--placement auto --max_prefetch 2 --grad_accum 2",
-            f"--placement cuda --precision fp16 {CLIPPED}",
-            f"{FRACTIONS}",
+            f"--placement cuda --precision fp16 --max_prefetch 2 {CLIPPED}",
+            f"{FRACTIONS} --grad_accum 2",
+            "--offload_optim_frac 1 --offload_param_frac 0.5 --max_prefetch 2 --grad_accum 2",
             f"{OVERFLOWS} --grad_accum 2",
             "--blocks_per_chunk 4 --max_prefetch 2",
             "--tp_degree 2",
@@ -185,7 +186,7 @@ CASES: dict[int, list[Case]] = {
     4: [
         *_gemini(
             "",
-            f"{FRACTIONS} --precision fp16 --max_prefetch 2",
+            f"{FRACTIONS} --precision fp16 --max_prefetch 2 {CLIPPED}",
             f"--placement cuda --grad_accum 2 {CLIPPED}",
             "--placement cpu --max_prefetch 2 --grad_accum 2",
             "--placement auto --precision fp16",
@@ -215,6 +216,11 @@ CASES: dict[int, list[Case]] = {
         *_poisoned(2, "CAI_Hybrid --tp_degree 2 --zero_stage 2", "CAI_Hybrid --tp_degree 2 --pp_degree 2"),
         *_poisoned(1, "CAI_Hybrid --pp_degree 2 --zero_stage 1"),
     ],
+    # every kind of parallelism at once
+    8: _hybrid(
+        "--tp_degree 2 --pp_degree 2 --zero_stage 1 --precision fp16",
+        f"--tp_degree 2 --pp_degree 2 --zero_stage 1 {CLIPPED}",
+    ),
 }
 
 

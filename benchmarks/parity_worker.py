@@ -17,6 +17,7 @@ import gc
 import json
 import math
 import shlex
+import shutil
 import sys
 import tempfile
 import traceback
@@ -36,6 +37,7 @@ from commons.engine import Session, build_session, train_steps
 from commons.metrics import StepRecord
 
 COLLECTIVE_SECONDS = 120.0  # what a rank may wait for another one that compiles
+OPTIMIZER_FILE = "optimizer.pt"
 HANG_SECONDS = 80.0  # less than benchmarks.parity gives a case
 
 
@@ -48,7 +50,8 @@ class Job:
         flags: for all cases, before their own.
         cases: Case's fields, each.
         results: file that a line of JSON a case is added to.
-        keep: cases (by their text) whose trained weights are saved beside ``results``, as ``<number>.pt``.
+        keep: cases (by their text) whose trained weights are saved beside ``results``, as ``<number>.pt``, and what a
+            plan of Colossal-AI saves of its optimizer as ``<number>.optimizer.pt``.
     """
 
     device: str
@@ -95,8 +98,13 @@ class Worker:
             return None
         found |= self._against_reference(config, records, weights)
         if weights is not None and str(case) in self.job.keep:
-            torch.save(weights, Path(self.job.results).parent / f"{number}.pt")
+            self._keep(session, weights, Path(self.job.results).parent, number)
         return found
+
+    def _keep(self, session: Session, weights: dict[str, torch.Tensor], folder: Path, number: int) -> None:
+        torch.save(weights, folder / f"{number}.pt")
+        if hasattr(session.trainable, "booster"):
+            shutil.copy(self.scratch / OPTIMIZER_FILE, folder / f"{number}.optimizer.pt")
 
     def _against_reference(
         self, config: TrainConfig, records: list[StepRecord], weights: dict[str, torch.Tensor] | None
@@ -297,7 +305,7 @@ def gathered_weights(session: Session, scratch: Path) -> dict[str, torch.Tensor]
         return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu() for name, p in named.items()}
     path = scratch / "model.pt"
     trainable.booster.save_model(trainable.model, str(path), shard=False)
-    trainable.booster.save_optimizer(trainable.optimizer, str(scratch / "optimizer.pt"), shard=False)
+    trainable.booster.save_optimizer(trainable.optimizer, str(scratch / OPTIMIZER_FILE), shard=False)
     dist.barrier()
     return torch.load(path, weights_only=False, map_location="cpu") if session.device.rank == 0 else None
 

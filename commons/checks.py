@@ -72,14 +72,15 @@ LIMITS: dict[str, Limit] = {
     "shard_param_frac": _fraction(1),
     "offload_optim_frac": _fraction(0.5),
     "offload_param_frac": _fraction(0),
-    "warmup_non_model_data_ratio": _fraction(0.8),
-    "steady_cuda_cap_ratio": _fraction(0.9),
+    # of the device's memory: beyond these no chunk would fit into it
+    "warmup_non_model_data_ratio": Limit(0.8, low=0, below=1),
+    "steady_cuda_cap_ratio": Limit(0.9, above=0, high=1),
     "max_prefetch": Limit(0, low=0),
     "blocks_per_chunk": Limit(1, low=1),
     "tp_degree": Limit(1, low=1),
     "pp_degree": Limit(1, low=1),
-    "zero_stage": Limit(1, low=0, high=2),
-    "num_microbatches": Limit(2, low=1),
+    "zero_stage": Limit(0, low=0, high=2),
+    "num_microbatches": Limit(1, low=1),
     "num_model_chunks": Limit(1, low=1),
     "batch_size": Limit(4, low=1),
     "seq_len": Limit(64, low=2),  # the last token has no successor to predict
@@ -107,19 +108,27 @@ class Job:
     """A configuration and the machine that is to run it.
 
     Attributes:
-        given: the configuration before anything was chosen for the user.
+        typed: the settings that the user gave himself, by name; everything else was chosen for him.
         plan, shape: None where the plan or the size does not exist.
         gpu_count: GPUs that this node's processes see.
     """
 
     config: TrainConfig
-    given: TrainConfig
+    typed: frozenset[str]
     plan: Plan | None
     shape: ModelShape | None
     world_size: int
     local_world_size: int
     device_type: str
     gpu_count: int
+
+    @property
+    def ranks_in_a_copy(self) -> int:
+        return self.config.model_parallel_size
+
+    @property
+    def node_count(self) -> int:
+        return max(1, self.world_size // self.local_world_size)
 
 
 def problems(
@@ -130,6 +139,7 @@ def problems(
     plan: Plan | None,
     *,
     local_world_size: int | None = None,
+    typed: Iterable[str] | None = None,
 ) -> list[str]:
     """Everything that would keep ``config`` from running, a line each, empty if nothing.
 
@@ -139,20 +149,27 @@ def problems(
         device_type: "cuda" or "cpu", what ``config.device`` came out as.
         gpu_count: GPUs visible here.
         plan: PLANS' entry for ``config.distplan``, None if there is none.
+        typed: names of the settings that he gave, be it with their defaults' values (default: those that differ).
     """
-    found, wrong = [], {}
-    for name, limit in LIMITS.items():
-        value = getattr(config, name)
-        problem = None if value is None else _number_problem(name, value, limit)
-        if problem:
-            found.append(_means_nothing(plan, name, value) or problem)
-            wrong[name] = DEFAULTS[name]
-    # what depends on a number out of its range is judged with the default in its place: no division by zero
-    given = dataclasses.replace(config, **wrong)
-    config = given.resolve(device_type)
+    names = frozenset(name for name in DEFAULTS if getattr(config, name) != DEFAULTS[name]) if typed is None else typed
+    by_name = {name: _problem_by_itself(plan, config, name, name in names) for name in DEFAULTS}
+    wrong = {name: DEFAULTS[name] for name, problem in by_name.items() if problem}
+    # what depends on one of these is judged with the default in its place: no division by zero, no mistake told twice
+    config = dataclasses.replace(config, **wrong).resolve(device_type)
     shape = config.shape() if _model_sizes().get(str(config.model_type)) else None
-    job = Job(config, given, plan, shape, world_size, local_world_size or world_size, device_type, gpu_count)
-    return found + [problem for check in CHECKS for problem in check(job)]
+    local_world_size = local_world_size or world_size
+    typed = frozenset(names) - wrong.keys()
+    job = Job(config, typed, plan, shape, world_size, local_world_size, device_type, gpu_count)
+    return [problem for problem in by_name.values() if problem] + [p for check in CHECKS for p in check(job)]
+
+
+def _problem_by_itself(plan: Plan | None, config: TrainConfig, name: str, typed: bool) -> str | None:
+    """The first thing wrong with a setting: nobody reads it, or it is out of its range."""
+    value = getattr(config, name)
+    range_problem = None if value is None or name not in LIMITS else _number_problem(name, value, LIMITS[name])
+    if not typed:
+        return range_problem
+    return _means_nothing(plan, name, value) or _is_not_read(config, name, range_problem is None) or range_problem
 
 
 def nearest(value: str, names: Iterable[str]) -> str:
@@ -248,11 +265,11 @@ def _heads(job: Job) -> Iterator[str]:
             f"{shape.heads} heads (--num_heads) do not divide the hidden size {shape.hidden} (--hidden_size): {way_out}"
         )
     else:
-        degrees = _either(_tensor_degrees(shape))
-        yield (
-            f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {job.config.model_type}:"
-            f" {way_out}, or --tp_degree {degrees}"
-        )
+        degrees = _degrees_here(job, shape)
+        # other heads are no help where the vocabulary is not divided either
+        ways_out = f"{way_out}, or {degrees}" if shape.padded_vocab % tp == 0 else f"use {degrees}"
+        size = job.config.model_type
+        yield f"--tp_degree {tp} does not divide the {shape.heads} attention heads of {size}: {ways_out}"
 
 
 def working_head_counts(shape: ModelShape, tp_degree: int) -> list[int]:
@@ -279,10 +296,7 @@ def _widths(job: Job) -> Iterator[str]:
     widths = {"hidden size (--hidden_size)": shape.hidden, "padded vocabulary": shape.padded_vocab}
     for what, width in widths.items():
         if width % tp:
-            yield (
-                f"--tp_degree {tp} does not divide the {what} of {width}: use --tp_degree"
-                f" {_either(_tensor_degrees(shape))}"
-            )
+            yield f"--tp_degree {tp} does not divide the {what} of {width}: use {_degrees_here(job, shape)}"
 
 
 def _tensor_degrees(shape: ModelShape) -> list[int]:
@@ -291,41 +305,89 @@ def _tensor_degrees(shape: ModelShape) -> list[int]:
     return _divisors(math.gcd(shape.hidden, shape.padded_vocab, heads))
 
 
+def _degrees_here(job: Job, shape: ModelShape) -> str:
+    """The flag with these, as far as the ranks can be shared out with them; with all, where that fails whatever the
+    degree.
+    """
+    degrees = _tensor_degrees(shape)
+    fitting = [tp for tp in degrees if job.world_size % (tp * job.config.pp_degree) == 0] or degrees
+    if job.config.sequence_parallel == "on":
+        fitting = [tp for tp in fitting if tp > 1]
+    return f"--tp_degree {_either(fitting)}" if fitting else "--tp_degree 1 --sequence_parallel off"
+
+
 def _pipeline(job: Job) -> Iterator[str]:
     config, shape, pp = job.config, job.shape, job.config.pp_degree
-    microbatches, batch = config.num_microbatches or 1, config.batch_size or 1
-    parts = pp * config.num_model_chunks
-    if shape is not None and shape.layers < parts:
+    chunks, microbatches, batch = config.num_model_chunks, config.num_microbatches or 1, config.batch_size or 1
+    parts = pp * chunks
+    if shape is not None and shape.layers < parts and pp > 1:
+        # the longest pipeline that the ranks can be shared out with too; each divisor of today's is one
+        fewer = [p for p in _divisors(pp) if p <= shape.layers] if _is_shared_out(job) else [min(pp, shape.layers)]
+        extras = _without_pipeline(job) if fewer[-1] == 1 else " --num_model_chunks 1"
         yield (
-            f"--pp_degree {pp} x --num_model_chunks {config.num_model_chunks} = {parts} parts, but"
-            f" {config.model_type} has {shape.layers} layers: use --pp_degree {min(pp, shape.layers)}"
-            f" --num_model_chunks 1, or --num_layers {parts}"
+            f"--pp_degree {pp} x --num_model_chunks {chunks} = {parts} parts, but {config.model_type} has"
+            f" {shape.layers} layers: use --pp_degree {fewer[-1]}{extras}, or --num_layers {parts}"
         )
-    if batch % microbatches:
-        yield (
-            f"--num_microbatches {microbatches} does not divide --batch_size {batch}:"
-            f" use --num_microbatches {_either(_divisors(batch)[:6])}, or --batch_size {microbatches}"
-        )
-    if pp > 1 and (microbatches < pp or (config.num_model_chunks > 1 and microbatches % pp)):
-        rule = "a multiple of" if config.num_model_chunks > 1 else "at least"
+    if pp > 1 and not _keeps_stages_busy(microbatches, pp, chunks):
+        rule = "a multiple of" if chunks > 1 else "at least"
         yield (
             f"--num_microbatches must be {rule} --pp_degree {pp} to keep every stage busy, got"
             f" {microbatches}: use --num_microbatches {pp} with a --batch_size that is a multiple of it"
             f" (--batch_size {pp * 2})"
         )
-    if pp > 1 and config.zero_stage == 2:
+    if pp > 1 and batch % microbatches:
+        fitting = [number for number in _divisors(batch) if _keeps_stages_busy(number, pp, chunks)][:6]
+        pieces = f"--num_microbatches {_either(fitting)}, or " if fitting else ""
         yield (
-            "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use --zero_stage 1 or 0"
+            f"--num_microbatches {microbatches} does not divide --batch_size {batch}: use {pieces}--batch_size"
+            f" {microbatches}"
         )
-    copies = job.world_size // config.model_parallel_size
-    if job.plan is not None and job.plan.pipeline and config.precision == "fp32" and config.zero_stage and copies > 1:
+    copies = -(-job.world_size // job.ranks_in_a_copy)
+    shards_nothing = job.plan is not None and job.plan.pipeline and config.precision == "fp32" and copies > 1
+    if pp > 1 and config.zero_stage == 2:
+        stages = "0" if shards_nothing else "1 or 0"
+        yield (
+            "--zero_stage 2 would reduce gradients once a microbatch under --pp_degree above 1: use --zero_stage"
+            f" {stages}"
+        )
+    if job.plan is not None and shards_nothing and config.zero_stage:
         yield (
             f"{job.plan.name} in fp32 shards nothing over data-parallel ranks: use --zero_stage 0, or --precision bf16"
         )
-    if pp == 1 and config.num_model_chunks > 1:
-        yield (
-            f"--num_model_chunks {config.num_model_chunks} needs a pipeline: use --num_model_chunks 1, or --pp_degree 2"
-        )
+    for name in ("num_microbatches", "num_model_chunks"):
+        if pp == 1 and name in job.typed and getattr(config, name) > 1:
+            way_out = "leave it out" if name == "num_microbatches" else f"use --{name} 1"
+            two_stages = ", or use --pp_degree 2" if _works(job, pp_degree=2) else ""
+            yield f"--{name} {getattr(config, name)} needs a pipeline: {way_out}{two_stages}"
+
+
+def _keeps_stages_busy(microbatches: int, pp: int, chunks: int) -> bool:
+    return microbatches >= pp and (chunks == 1 or microbatches % pp == 0)
+
+
+def _without_pipeline(job: Job) -> str:
+    """The flags that have to follow a --pp_degree of 1."""
+    wanted = {"num_model_chunks": job.config.num_model_chunks > 1, "num_microbatches": "num_microbatches" in job.typed}
+    return "".join(f" --{name} 1" for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _is_shared_out(job: Job) -> bool:
+    return job.world_size % job.ranks_in_a_copy == 0
+
+
+def _works(job: Job, **degrees: int) -> bool:
+    """Whether the ranks, the layers and the batch can be shared out with other degrees."""
+    typed = {"num_microbatches": job.config.num_microbatches if "num_microbatches" in job.typed else None}
+    config = dataclasses.replace(job.config, **degrees, **typed).resolve(job.device_type)  # pyright: ignore
+    other = dataclasses.replace(job, config=config)
+    pp, chunks, microbatches = config.pp_degree, config.num_model_chunks, config.num_microbatches or 1
+    return (
+        _is_shared_out(other)
+        and (job.shape is None or (pp * chunks <= job.shape.layers and config.tp_degree in _tensor_degrees(job.shape)))
+        and _keeps_stages_busy(microbatches, pp, chunks)
+        and (config.batch_size or 1) % microbatches == 0
+        and not (pp > 1 and config.zero_stage == 2)
+    )
 
 
 # What a plan may lack: the attribute of Plan, and the settings that need it.
@@ -340,28 +402,45 @@ ABILITIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# Of these the values that are true of every plan: scripts set them whatever the plan, and nobody is misled.
+NEUTRAL = {"tp_degree": 1, "pp_degree": 1, "num_microbatches": 1, "num_model_chunks": 1, "sequence_parallel": "off"}
+
+
 def _means_nothing(plan: Plan | None, name: str, value: Any) -> str | None:
     """The problem with a setting that ``plan`` does not have, None if it has it."""
     from commons.plans import PLANS
 
     ability = next((ability for ability, names in ABILITIES.items() if name in names), None)
-    if plan is None or ability is None or getattr(plan, ability):
+    if plan is None or ability is None or getattr(plan, ability) or NEUTRAL.get(name) == value:
         return None
     able = [other.name for other in PLANS.values() if getattr(other, ability)]
     return f"--{name} {_shown(value)} means nothing to {plan.name}: leave it out, or use --distplan {_either(able)}"
 
 
+# Settings that are read under one value of another setting only.
+READ_UNDER = {
+    "warmup_non_model_data_ratio": ("placement", "auto"),
+    "steady_cuda_cap_ratio": ("placement", "auto"),
+    "initial_loss_scale": ("precision", "fp16"),
+}
+
+
+def _is_not_read(config: TrainConfig, name: str, in_range: bool) -> str | None:
+    if name not in READ_UNDER:
+        return None
+    other, wanted = READ_UNDER[name]
+    if getattr(config, other) == wanted:
+        return None
+    change = f", or use --{other} {wanted}" if in_range else ""
+    return f"--{name} is read under --{other} {wanted} only: leave it out{change}"
+
+
 def _abilities(job: Job) -> Iterator[str]:
-    """Settings that somebody gave and the plan does not have."""
+    """A precision that the plan does not have."""
     from commons.plans import PLANS
 
     if job.plan is None:
         return
-    for name in (name for names in ABILITIES.values() for name in names):
-        value = getattr(job.given, name)
-        problem = None if value == DEFAULTS[name] else _means_nothing(job.plan, name, value)
-        if problem:
-            yield problem
     if job.config.precision not in job.plan.precisions:
         able = [plan.name for plan in PLANS.values() if job.config.precision in plan.precisions]
         here = [name for name in job.plan.precisions if name != "fp8" or job.device_type == "cuda"]
@@ -381,19 +460,13 @@ def _torch_version(job: Job) -> Iterator[str]:
         )
 
 
-def _was_chosen(job: Job, name: str) -> bool:
-    """Whether a setting is other than it would be had nobody given it."""
-    without = dataclasses.replace(job.config, **{name: DEFAULTS[name]}).resolve(job.device_type)
-    return getattr(job.config, name) != getattr(without, name)
-
-
 def _placement(job: Job) -> Iterator[str]:
     config = job.config
     if job.plan is None or not job.plan.placement:
         return
     if config.placement != "static":
         for name, implied in zip(FRACTIONS, PLACEMENTS[config.placement], strict=True):
-            if _was_chosen(job, name):
+            if name in job.typed and (config.placement == "auto" or getattr(config, name) != implied):
                 fixed = "has none" if config.placement == "auto" else f"means --{name} {implied:g}"
                 yield (
                     f"--{name} {getattr(config, name):g} contradicts --placement {config.placement}, which"
@@ -406,27 +479,32 @@ def _placement(job: Job) -> Iterator[str]:
             f" {config.shard_param_frac:g} and {config.offload_optim_frac:g}: add these two, or use"
             " --offload_param_frac 0"
         )
-    if config.placement != "auto":
-        for name in ("warmup_non_model_data_ratio", "steady_cuda_cap_ratio"):
-            if _was_chosen(job, name):
-                yield f"--{name} is read under --placement auto only: leave it out, or use --placement auto"
 
 
 def _layout(job: Job) -> Iterator[str]:
-    # a degree that the plan does not take has been told already, and the cure is another
-    plan = job.plan
-    tp = job.config.tp_degree if plan is None or plan.tensor_parallel else 1
-    pp = job.config.pp_degree if plan is None or plan.pipeline else 1
-    if job.world_size % (tp * pp):
-        fits = -(-job.world_size // (tp * pp)) * tp * pp
-        fitting = _divisors(tp) if job.shape is None else set(_tensor_degrees(job.shape)) & set(_divisors(tp))
-        lower = [(t, p) for t in fitting for p in _divisors(pp) if job.world_size % (t * p) == 0]
-        best_tp, best_pp = max(lower, key=lambda degrees: degrees[0] * degrees[1])
-        yield (
-            f"--tp_degree {tp} x --pp_degree {pp} = {tp * pp} ranks hold one copy of the model, and"
-            f" {_count(job.world_size, 'rank')} cannot be shared out so: start {fits} ranks (GPUNUM={fits}"
-            f" on one machine), or use --tp_degree {best_tp} --pp_degree {best_pp}"
-        )
+    if _is_shared_out(job):
+        return
+    tp, pp, copy = job.config.tp_degree, job.config.pp_degree, job.ranks_in_a_copy
+    fits = -(-job.world_size // copy) * copy
+    on_gpus = job.device_type == "cuda" and job.node_count == 1
+    more = f"start {fits} ranks (GPUNUM={fits} on one machine), or " if not on_gpus or fits <= job.gpu_count else ""
+    yield (
+        f"--tp_degree {tp} x --pp_degree {pp} = {copy} ranks hold one copy of the model, and"
+        f" {_count(job.world_size, 'rank')} cannot be shared out so: {more}use {_smaller_degrees(job, job.world_size)}"
+    )
+
+
+def _smaller_degrees(job: Job, ranks: int) -> str:
+    """The flags of the largest copy of the model that so many ranks can be shared out with, cut as is asked for or
+    less.
+    """
+    tp, pp = job.config.tp_degree, job.config.pp_degree
+    fitting = _divisors(tp) if job.shape is None else set(_tensor_degrees(job.shape)) & set(_divisors(tp))
+    lower = [(t, p) for t in fitting for p in _divisors(pp) if ranks % (t * p) == 0]
+    best_tp, best_pp = max(lower, key=lambda degrees: degrees[0] * degrees[1])
+    extras = _without_pipeline(job) if best_pp == 1 else ""
+    whole = " --sequence_parallel off" if best_tp == 1 and job.config.sequence_parallel == "on" else ""
+    return f"--tp_degree {best_tp} --pp_degree {best_pp}{extras}{whole}"
 
 
 def _compile(job: Job) -> Iterator[str]:
@@ -453,7 +531,8 @@ def _compile(job: Job) -> Iterator[str]:
 def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
-        yield "--sequence_parallel on needs tensor parallelism: use --tp_degree 2, or leave it out"
+        two_parts = "use --tp_degree 2, or " if _works(job, tp_degree=2) else ""
+        yield f"--sequence_parallel on needs tensor parallelism: {two_parts}leave it out"
     if config.activation_checkpointing == "selective" and config.tp_degree > 1:
         yield (
             "--activation_checkpointing selective would keep results that --tp_degree above 1 adds up in place, and add"
@@ -461,11 +540,6 @@ def _kernels(job: Job) -> Iterator[str]:
         )
     if config.check_parity and config.dropout > 0:
         yield "--check_parity needs a run without chance: use --dropout 0, or leave it out"
-    if config.precision != "fp16" and _was_chosen(job, "initial_loss_scale"):
-        yield (
-            f"--initial_loss_scale is read in fp16 only, this is {config.precision}: leave it out, or use --precision"
-            " fp16"
-        )
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:
@@ -512,8 +586,17 @@ def _machine(job: Job) -> Iterator[str]:
     elif job.local_world_size > job.gpu_count:
         yield (
             f"{job.local_world_size} ranks on this machine, but {_count(job.gpu_count, 'visible GPU')}:"
-            f" use GPUNUM={job.gpu_count} (torchrun --nproc_per_node {job.gpu_count}), or --device cpu"
+            f" use {_fewer_ranks(job)}, or --device cpu"
         )
+
+
+def _fewer_ranks(job: Job) -> str:
+    """As many ranks as the GPUs are and the degrees allow; where they are too few for one copy, smaller degrees too."""
+    nodes, counts = job.node_count, range(job.gpu_count, 0, -1)
+    number = next((count for count in counts if nodes * count % job.ranks_in_a_copy == 0), None)
+    if number is None:
+        return f"GPUNUM={job.gpu_count} {_smaller_degrees(job, nodes * job.gpu_count)}"
+    return f"GPUNUM={number} (torchrun --nproc_per_node {number})"
 
 
 def why_no_gpu() -> str:

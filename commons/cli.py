@@ -231,7 +231,9 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Tr
     given = line.config()
     device_type, gpu_count = find_devices(given.device)
     plan = PLANS.get(given.distplan)
-    found = problems(given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size)
+    found = problems(
+        given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size, typed=line.given
+    )
     return given.resolve(device_type), [*line.problems, *found]
 
 

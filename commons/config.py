@@ -77,8 +77,9 @@ class PlanFlags:
     placement: Literal["auto", "static", "cuda", "cpu", "const"] = _flag(
         "static",
         "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while"
-        " training; and three names for fixed fractions, cuda: all on the device, cpu: parameters,"
-        " gradients and optimizer on the host between uses, const: half of the optimizer on the host",
+        " training, master weights and optimizer states always on the host; and three names for fixed fractions,"
+        " cuda: all on the device, cpu: parameters, gradients and optimizer on the host between uses, const: half"
+        " of the optimizer on the host",
     )
     shard_param_frac: float | None = _flag(
         None,
@@ -96,10 +97,12 @@ class PlanFlags:
     )
     warmup_non_model_data_ratio: float = _flag(
         0.8,
-        "auto: share of device memory kept free of chunks in the first step, before memory use is known",
+        "auto: share of device memory kept free of chunks in the first step, before memory use is known; below 1",
         "FRAC",
     )
-    steady_cuda_cap_ratio: float = _flag(0.9, "auto: share of device memory that may be used after that", "FRAC")
+    steady_cuda_cap_ratio: float = _flag(
+        0.9, "auto: share of device memory that may be used after that; above 0", "FRAC"
+    )
     max_prefetch: int | None = _flag(
         None,
         "Gemini: chunks gathered ahead of their use, while the device still computes (default: 2, with a hook an"
@@ -119,9 +122,10 @@ class PlanFlags:
     )
     tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
     pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
-    zero_stage: int = _flag(
-        1,
-        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too",
+    zero_stage: int | None = _flag(
+        None,
+        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too"
+        " (default: 1, in fp32 0)",
         "N",
     )
     num_microbatches: int | None = _flag(
@@ -265,6 +269,7 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
             self.num_layers or chosen.get("num_layers", 1), self.hidden_size or chosen.get("hidden_size", 1)
         )
         chosen["max_prefetch"] = 2 if self.gemini_hooks == "block" and self.tp_degree == 1 else 0
+        chosen["zero_stage"] = 0 if self.precision == "fp32" else 1
         chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
         unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
         # a shell leaves the ~ in --log_dir=~/logs as it is

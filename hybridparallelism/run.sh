@@ -2,6 +2,7 @@
 # Tensor, pipeline and data parallelism together (CAI_Hybrid): the same launcher, variables and flags as run_gemini.sh.
 #
 #     bash run.sh                                     TP 2 x PP 2 on four ranks, CPU processes where there is no GPU
+#     bash run.sh --tp_degree 4                       TP 4 x PP 2: as many ranks as one copy of the model needs
 #     TPDEGREE=4 PPDEGREE=2 GPUNUM=16 bash run.sh     TP 4 x PP 2 x DP 2
 
 set -euo pipefail
@@ -15,5 +16,4 @@ case "$gpus" in
     *) tp=2 pp=2 ;;
 esac
 export DISTPLAN="${DISTPLAN:-CAI_Hybrid}" TPDEGREE="${TPDEGREE:-$tp}" PPDEGREE="${PPDEGREE:-$pp}"
-export GPUNUM="${GPUNUM:-$((TPDEGREE * PPDEGREE))}"
 exec bash "$root/run_gemini.sh" "$@"

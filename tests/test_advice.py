@@ -5,15 +5,17 @@ Configurations, most of them wrong in several ways, are drawn with a fixed seed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import get_type_hints
 
 import pytest
 
+from commons import checks
 from commons.checks import problems
 from commons.cli import read_value
 from commons.config import TrainConfig
@@ -55,20 +57,24 @@ MOST_STEPS = 30  # more problems than any of these configurations has
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a user typed: flags with their values, and a number of ranks."""
+    """What a user typed: flags with their values, and a number of ranks; ``gpus`` are those of the machine."""
 
     ranks: int
     flags: tuple[tuple[str, str], ...]
+    gpus: int = 0
 
     def problems(self) -> list[str]:
         config = TrainConfig(**{name: read_value(name, value, HINTS[name]) for name, value in self.flags})
-        return problems(config, self.ranks, "cpu", 0, PLANS.get(config.distplan))
+        gpus = 0 if config.device == "cpu" else self.gpus
+        plan, typed = PLANS.get(config.distplan), [name for name, _ in self.flags]
+        return problems(config, self.ranks, "cuda" if gpus else "cpu", gpus, plan, typed=typed)
 
     def with_changes(self, changes: dict[str, str | None]) -> Attempt:
         """``changes``: new values by flag, None where it is left out; GPUNUM for the ranks."""
         flags: dict[str, str | None] = {**dict(self.flags), **changes}
         ranks = int(flags.pop("GPUNUM", None) or self.ranks)
-        return Attempt(ranks, tuple((name, value) for name, value in flags.items() if value is not None))
+        flags.pop("nproc_per_node", None)  # torchrun's word for the same
+        return Attempt(ranks, tuple((name, value) for name, value in flags.items() if value is not None), self.gpus)
 
 
 def draw(random_numbers: random.Random) -> Attempt:
@@ -115,7 +121,8 @@ def test_ways_out_are_read_as_a_person_would(text: str, expected: list[dict]) ->
 
 def kind(problem: str) -> str:
     """A problem without its numbers: what must be gone once its advice is followed."""
-    return re.sub(r"[\d.]+", "N", problem.rsplit(": ", 1)[0])
+    told = problem.rsplit(": ", 1)[0].replace("a multiple of", "at least")  # one rule, with interleaving and without
+    return re.sub(r"[\d.]+", "N", told)
 
 
 def test_every_way_out_of_a_problem_ends_it() -> None:
@@ -148,3 +155,63 @@ def test_following_the_first_advice_again_and_again_ends_in_a_run() -> None:
                 break
             attempt = attempt.with_changes(next(ways_out(told[0])))
         assert not told, (first, told)
+
+
+# --- Small spaces, every point of them ------------------------------------------------------------------------
+
+DEGREES, BATCHES, PIECES = range(1, 7), range(1, 9), (None, *range(1, 7))
+
+
+def layouts(plan: str, pipelines: Iterable[int]) -> Iterator[Attempt]:
+    for tp, pp, ranks in itertools.product(DEGREES, pipelines, RANKS):
+        yield small(ranks, distplan=plan, tp_degree=tp, pp_degree=pp)
+
+
+def pieces() -> Iterator[Attempt]:
+    """Each layout with every way of cutting batch and model."""
+    for layout in layouts("CAI_Hybrid", DEGREES):
+        for batch, number, chunks in itertools.product(BATCHES, PIECES, (1, 2)):
+            cut = {"batch_size": str(batch), "num_microbatches": number and str(number)}
+            yield layout.with_changes({**cut, "num_model_chunks": str(chunks)})
+
+
+def on_gpus() -> Iterator[Attempt]:
+    for attempt, gpus in itertools.product(layouts("CAI_Hybrid", DEGREES), (1, 2, 3, 4, 8)):
+        yield replace(attempt.with_changes({"batch_size": "8"}), gpus=gpus)  # the default is another on a CPU
+
+
+def small(ranks: int, **flags: int | str | None) -> Attempt:
+    return Attempt(ranks, (("model_type", "gpt2_tiny"),)).with_changes(
+        {name: None if value is None else str(value) for name, value in flags.items()}
+    )
+
+
+SPACES: dict[str, Callable[[], Iterator[Attempt]]] = {
+    "tensor and pipeline parallel": lambda: layouts("CAI_Hybrid", DEGREES),
+    "tensor parallel": lambda: layouts("CAI_Gemini", [1]),
+    "sequence parallel": lambda: (
+        layout.with_changes({"sequence_parallel": "on"}) for layout in layouts("CAI_Hybrid", DEGREES)
+    ),
+    "batches in pieces": pieces,
+    "on GPUs": on_gpus,
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_all_advice_about_a_layout_is_accepted(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its problem and makes no other: what is the only problem is gone for good."""
+    monkeypatch.setattr(checks, "_folder_problem", lambda folder: [])  # tries the disk
+    judged = functools.cache(Attempt.problems)
+    tried = 0
+    for attempt in SPACES[space]():
+        told = judged(attempt)
+        kinds = {kind(problem) for problem in told}
+        assert len(kinds) == len(told), (attempt, told)
+        for problem in told:
+            ways = list(ways_out(problem))
+            assert ways, f"names no setting that works: {problem}"
+            for changes in ways:
+                after = judged(attempt.with_changes(changes))
+                assert {kind(p) for p in after} <= kinds - {kind(problem)}, (attempt, problem, changes, after)
+                tried += 1
+    assert tried > 50

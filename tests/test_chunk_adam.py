@@ -44,7 +44,6 @@ def fake_optimizer(overflows: bool = False) -> Any:
         chunk16_set=set(chunks.values()),
         module=SimpleNamespace(chunk_manager=SimpleNamespace(reuse_fp16_chunk=True, accumulating_grads=True)),
         mix_precision_mixin=SimpleNamespace(should_skip_step=lambda: overflows, pre_zero_grad=lambda: None),
-        _should_move_fp32_params_h2d=False,
         _get_combined_scale=lambda: -1,
         _register_states=lambda: None,
         _clear_global_norm=lambda: None,

@@ -4,6 +4,7 @@ work.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -53,6 +54,24 @@ def test_functions_are_huggingfaces_model(attention, dropout, recompute):
     assert loss == pytest.approx(wanted_loss, abs=1e-6)
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_later_token_changes_no_earlier_row_of_a_block(compiled, attention, recompute):
+    """Nor its gradient: what a later row gets goes back to itself and to earlier ones only."""
+    transform = functools.partial(torch.compile, backend="aot_eager") if compiled else lambda function: function
+    block = gpt2_functions(SHAPE, attention=attention, recompute=recompute, transform=transform).block
+    model = build_model(SHAPE)
+    parameters = [p for name, p in model.named_parameters() if name.startswith("transformer.h.0.")]
+    hidden = torch.randn(2, 32, SHAPE.hidden, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    last = torch.zeros_like(hidden)
+    last[:, -1] = torch.randn(SHAPE.hidden, generator=torch.Generator().manual_seed(1))
+    before, after = block(hidden, *parameters), block(hidden + last, *parameters)
+    assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
+    (gradient,) = torch.autograd.grad(before[:, :-1].sum(), hidden)
+    assert gradient[:, -1].eq(0).all() and gradient[:, -2].ne(0).any()
 
 
 def test_without_labels_a_model_run_as_functions_gives_logits():

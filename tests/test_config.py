@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from commons import cli
-from commons.checks import LIMITS, problems, working_head_counts
+from commons.checks import LIMITS, READ_UNDER, problems, working_head_counts
 from commons.config import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
 from commons.plans import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
@@ -105,6 +105,12 @@ def test_fractions_given_with_static_are_kept() -> None:
     }
 
 
+def test_in_fp32_the_default_is_to_shard_nothing() -> None:
+    stages = {name: TrainConfig(precision=name).resolve("cpu").zero_stage for name in ALL_PRECISIONS}  # pyright: ignore
+    assert stages == {"bf16": 1, "fp16": 1, "fp32": 0, "fp8": 1}
+    assert TrainConfig(precision="fp32", zero_stage=1).resolve("cpu").zero_stage == 1
+
+
 @pytest.mark.parametrize(("pp", "batch", "expected"), [(1, 4, 1), (2, 4, 2), (2, 5, 5), (4, 8, 4)])
 def test_default_microbatches(pp: int, batch: int, expected: int) -> None:
     assert TrainConfig(pp_degree=pp, batch_size=batch).resolve("cpu").num_microbatches == expected
@@ -180,18 +186,21 @@ def test_unreadable_values_count_as_not_given() -> None:
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if isinstance(f.default, float)])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_no_number_may_be_nan_or_infinite(name: str, value: str) -> None:
-    assert f"--{name} must be a finite number, got {value}: try --{name}" in read(f"--{name}={value}")[1]
+    read_under = [f"--{READ_UNDER[name][0]}={READ_UNDER[name][1]}"] if name in READ_UNDER else []
+    wrong = read(f"--{name}={value}", *read_under)[1]
+    assert f"--{name} must be a finite number, got {value}: try --{name}" in wrong
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_limit_is_enforced_and_suggests_what_works(name: str) -> None:
     limit = LIMITS[name]
     too_small = limit.low - 1 if limit.low is not None else limit.above
-    wrong = found(**{name: too_small})
+    read_under = dict([READ_UNDER[name]] if name in READ_UNDER else [])
+    wrong = found(**{name: too_small}, **read_under)
     assert f"--{name} must be {limit}, got {too_small:g}: try --{name} {limit.works:g}" in wrong
     upper = limit.high if limit.high is not None else limit.below
     if upper is not None:
-        assert f"--{name} must be {limit}" in found(**{name: upper + 1})
+        assert f"--{name} must be {limit}" in found(**{name: upper + 1}, **read_under)
 
 
 WRONG = [
@@ -222,7 +231,12 @@ WRONG = [
         "must be a multiple of --pp_degree 2",
     ),
     ({"num_model_chunks": 2}, "--num_model_chunks 2 needs a pipeline"),
+    ({"num_microbatches": 4}, "--num_microbatches 4 needs a pipeline: leave it out"),
+    ({"num_microbatches": 4, "world_size": 2}, "leave it out, or use --pp_degree 2"),
     ({"pp_degree": 2, "zero_stage": 2, "world_size": 2}, "use --zero_stage 1 or 0"),
+    ({"pp_degree": 2, "zero_stage": 2, "world_size": 4, "precision": "fp32"}, "above 1: use --zero_stage 0"),
+    ({"placement": "auto", "warmup_non_model_data_ratio": 1.0}, "must be at least 0 and below 1, got 1"),
+    ({"placement": "auto", "steady_cuda_cap_ratio": 0.0}, "must be above 0 and at most 1, got 0"),
     ({"sequence_parallel": "on"}, "--sequence_parallel on needs tensor parallelism"),
     ({"activation_checkpointing": "selective", "tp_degree": 2, "world_size": 2}, "add them up twice"),
     ({"precision": "fp8"}, "--precision fp8 needs a GPU"),
@@ -230,7 +244,10 @@ WRONG = [
     ({"precision": "fp8", "batch_size": 1, "seq_len": 24}, "--batch_size x --seq_len that is a multiple of 16"),
     ({"trace_step": 11}, "--trace_step 11 is never reached"),
     ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without chance: use --dropout 0"),
-    ({"precision": "fp32", "world_size": 2}, "in fp32 shards nothing over data-parallel ranks: use --zero_stage 0"),
+    (
+        {"precision": "fp32", "zero_stage": 1, "world_size": 2},
+        "in fp32 shards nothing over data-parallel ranks: use --zero_stage 0",
+    ),
     (
         {"sequence_parallel": "on", "tp_degree": 2, "seq_len": 63, "world_size": 2},
         "do not divide --seq_len 63: use --seq_len 62",
@@ -243,7 +260,7 @@ WRONG = [
     ),
     ({"placement": "auto", "shard_param_frac": 0.5}, "contradicts --placement auto, which has none"),
     ({"warmup_non_model_data_ratio": 0.5}, "is read under --placement auto only"),
-    ({"initial_loss_scale": 1024.0}, "--initial_loss_scale is read in fp16 only, this is bf16: leave it out, or use"),
+    ({"initial_loss_scale": 1024.0}, "is read under --precision fp16 only: leave it out, or use --precision"),
     ({"attention": "flash", "dropout": 0.1}, "--attention flash has no dropout on a CPU"),
     ({"attention": "flash", "precision": "fp32", "device": "cuda", "gpu_count": 1}, "no fp32 on a GPU"),
     ({"device": "cuda"}, "--device cuda needs a GPU (no GPU seen"),
@@ -267,6 +284,8 @@ RIGHT = [
     {"tp_degree": 2, "world_size": 2, "sequence_parallel": "on"},
     {"pp_degree": 2, "num_microbatches": 4, "num_model_chunks": 2, "world_size": 2},
     {"pp_degree": 2, "zero_stage": 1, "world_size": 2},
+    {"precision": "fp32", "world_size": 2},
+    {"precision": "fp32", "pp_degree": 2, "world_size": 4},
     {"offload_param_frac": 0.5, "offload_optim_frac": 1.0},
     {"offload_optim_frac": 0.3, "shard_param_frac": 0.7},
     {"placement": "cpu", "offload_param_frac": 1.0},
@@ -309,6 +328,46 @@ def test_settings_that_a_plan_does_not_have_are_told_once(settings: dict, flag: 
     lines = found(plan=simple, **settings).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"{flag} means nothing to Simple: leave it out")
+
+
+TYPED = [
+    ("--distplan Pytorch_DDP --placement static", "--placement static means nothing to Pytorch_DDP"),
+    ("--distplan CAI_ZeRO1 --zero_stage 1", "--zero_stage 1 means nothing to CAI_ZeRO1"),
+    ("--distplan CAI_Gemini --num_microbatches 3", "--num_microbatches 3 means nothing to CAI_Gemini"),
+    ("--distplan Pytorch_DDP --tp_degree 3", "--tp_degree 3 means nothing to Pytorch_DDP"),
+    ("--distplan Pytorch_DDP --gemini_hooks block", "--gemini_hooks block means nothing to Pytorch_DDP"),
+    ("--placement auto --shard_param_frac 1", "--shard_param_frac 1 contradicts --placement auto, which has none"),
+    ("--warmup_non_model_data_ratio 0.8", "--warmup_non_model_data_ratio is read under --placement auto only"),
+    ("--initial_loss_scale 65536", "--initial_loss_scale is read under --precision fp16 only"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), TYPED)
+def test_what_was_typed_without_effect_is_told_once_be_it_the_default(flags: str, message: str) -> None:
+    lines = read(*flags.split())[1].splitlines()
+    assert len(lines) == 1 and lines[0].startswith(message)
+
+
+NEUTRAL_FLAGS = "--tp_degree 1 --pp_degree 1 --num_microbatches 1 --num_model_chunks 1 --sequence_parallel off"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_flags_that_are_true_of_every_plan_are_taken(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
+    assert read("--distplan", plan, *NEUTRAL_FLAGS.split())[1] == ""
+
+
+def test_heads_are_no_way_out_where_the_vocabulary_is_not_divided_either() -> None:
+    wrong = found(tp_degree=3, world_size=4)
+    assert "attention heads of gpt2_tiny: use --tp_degree 1, 2 or 4" in wrong and "--num_heads" not in wrong
+
+
+def test_gpus_of_several_machines_are_counted_together() -> None:
+    config, plan = TrainConfig(tp_degree=4, model_type="gpt2_tiny"), PLANS["CAI_Gemini"]
+    told = problems(config, 8, "cuda", 3, plan, local_world_size=4)
+    assert told == [
+        "4 ranks on this machine, but 3 visible GPUs: use GPUNUM=2 (torchrun --nproc_per_node 2), or --device cpu"
+    ]
 
 
 def test_a_precision_that_a_plan_cannot_names_both_ways_out() -> None:

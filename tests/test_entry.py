@@ -85,16 +85,27 @@ def test_parity_beyond_the_bound_is_exit_code_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "ranks", "first_lines"),
+    ("script", "degrees", "first_lines"),
     [
-        ("run_gemini.sh", 2, ["CAI_Gemini", "dp 2 × tp 1 × pp 1"]),
-        ("hybridparallelism/run.sh", 4, ["CAI_Hybrid", "dp 1 × tp 2 × pp 2", "rank 3: dp 0, tp 1, pp 1"]),
+        ("run_gemini.sh", "", ["CAI_Gemini", "dp 2 × tp 1 × pp 1"]),
+        ("hybridparallelism/run.sh", "", ["CAI_Hybrid", "dp 1 × tp 2 × pp 2", "rank 3: dp 0, tp 1, pp 1"]),
+        ("hybridparallelism/run.sh", "--tp_degree 1 --pp_degree 3", ["CAI_Hybrid", "dp 1 × tp 1 × pp 3"]),
     ],
 )
-def test_shell_scripts_train(tmp_path: Path, script: str, ranks: int, first_lines: list[str]) -> None:
+def test_shell_scripts_train(tmp_path: Path, script: str, degrees: str, first_lines: list[str]) -> None:
     """From another folder, with the environment that the tests run in."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    flags = ["--log_dir", str(tmp_path), "--train_step", "2", "--warmup_step", "1", "--run_name", "run"]
+    flags = [
+        "--log_dir",
+        str(tmp_path),
+        "--train_step",
+        "2",
+        "--warmup_step",
+        "1",
+        "--run_name",
+        "run",
+        *degrees.split(),
+    ]
     returncode, console = run_processes(
         ["bash", str(REPOSITORY / script), *flags], cwd=tmp_path, environment={"PATH": path}
     )

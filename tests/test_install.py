@@ -665,14 +665,15 @@ def test_doctor_needs_no_environment(stubbed: Machine, flags: list[str], passed_
 @pytest.mark.parametrize(
     ("gpus", "environ", "expected"),
     [
-        (0, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=4"),
-        (1, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=1 PPDEGREE=1 GPUNUM=1"),
-        (2, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=2"),
-        (8, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=4"),
+        (0, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
+        (1, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=1 PPDEGREE=1 GPUNUM=None"),
+        (2, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=None"),
+        (8, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
         (8, {"TPDEGREE": "4", "GPUNUM": "8"}, "DISTPLAN=CAI_Hybrid TPDEGREE=4 PPDEGREE=2 GPUNUM=8"),
     ],
 )
 def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], expected: str) -> None:
+    """The number of ranks is left to the launcher, which sees the flags too."""
     if gpus:
         listing = "".join(f"GPU {index}: NVIDIA H200 (UUID: GPU-{index})\\n" for index in range(gpus))
         stubbed.put("nvidia-smi", f"printf '{listing}'")

@@ -434,7 +434,7 @@ def launch_from(
 
 def test_every_variable_is_a_flag_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
-        "DISTPLAN": "CAI_ZeRO1",
+        "DISTPLAN": "CAI_Gemini",
         "MODEL_TYPE": "gpt2_small",
         "BATCH_SIZE": "3",
         "TRAIN_STEP": "9",

@@ -39,9 +39,11 @@ pytestmark = pytest.mark.timeout(1200)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GPU_JOBS = 6
 PARAMETERS = [pytest.param(ranks, case, id=f"{ranks}: {case}") for ranks, cases in CASES.items() for case in cases]
-KEPT = {ranks: [str(case) for case in cases] for ranks, cases in SAME_ON_TWO_COPIES.items()}
 
 TP = "--distplan CAI_Gemini --tp_degree 2"
+# both see the same data: whole on one rank, cut on two
+SAVED = {1: Case("--distplan CAI_Gemini"), 2: Case(TP)}
+KEPT = {ranks: [*map(str, SAME_ON_TWO_COPIES.get(ranks, [])), str(SAVED.get(ranks))] for ranks in CASES}
 HYBRID = "--distplan CAI_Hybrid"
 
 
@@ -151,17 +153,38 @@ def test_it_is_the_reference_s_model(measured, device: str, ranks: int, case: Ca
 
 def test_every_placement_runs_on_every_number_of_ranks_and_with_everything() -> None:
     """Of the list itself: what the issue wants covered, so that nobody thins it out."""
-    for ranks, cases in CASES.items():
+    for cases in CASES.values():
         assert len(set(cases)) == len(cases)
+    for ranks, cases in ((ranks, CASES[ranks]) for ranks in (1, 2, 4)):
         gemini = [case for case in cases if case.plan == "CAI_Gemini"]
         assert {case.flag("placement", "static") for case in gemini} == set(PLACEMENTS), ranks
         assert any(f"--{name}" in case.flags for case in gemini for name in FRACTIONS), ranks
         for wanted in ("--grad_accum", "--clip_grad_norm", "--max_prefetch", "--precision fp16"):
             assert any(wanted in case.flags for case in gemini), (ranks, wanted)
+    assert any(case.flag("tp_degree", "1") == case.flag("pp_degree", "1") == "2" for case in CASES[8])
     every = [case for cases in CASES.values() for case in cases]
     assert {(case.plan, case.precision) for case in every} == {
         (name, precision) for name, plan in PLANS.items() for precision in plan.precisions if precision != "fp8"
     }
+
+
+@pytest.mark.parametrize("flag", ["--grad_accum", "--clip_grad_norm", "--max_prefetch"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_prefetches_accumulates_and_clips(placement: str, flag: str) -> None:
+    """Of the list itself: with Gemini's hooks a block, and under static with some of the chunks moved."""
+    gemini = [case for cases in CASES.values() for case in cases if case.plan == "CAI_Gemini"]
+    chosen = [
+        case for case in gemini if case.flag("placement", "static") == placement and "--tp_degree" not in case.flags
+    ]
+    if placement == "static":
+        chosen = [case for case in chosen if any(f"--{name}" in case.flags for name in FRACTIONS)]
+    assert any(flag in case.flags for case in chosen)
+
+
+def test_a_fraction_of_the_parameters_is_offloaded_in_some_case() -> None:
+    """Of the list itself: neither none nor all of them."""
+    fractions = [float(case.flag("offload_param_frac", "0")) for cases in CASES.values() for case in cases]
+    assert any(0 < fraction < 1 for fraction in fractions)
 
 
 @pytest.mark.parametrize("ranks", CASES)
@@ -226,6 +249,29 @@ def test_clipping_is_the_same_under_every_plan(measured) -> None:
         for name, expected in weights[first].items():
             torch.testing.assert_close(weights[case][name], expected, rtol=1e-4, atol=2e-6, msg=f"{case}: {name}")
     assert min(runs[first]["grad_norms"]) > 0.3  # there was something to clip
+
+
+def test_a_split_model_s_optimizer_is_saved_whole(measured) -> None:
+    """Under tensor parallelism each parameter's moments in its own shape, and they are one rank's but for bf16's
+    rounding.
+    """
+    files: list[dict] = []
+    for ranks, case in SAVED.items():
+        results, folder = measured("cpu", ranks)
+        number = list(results).index(case)
+        weights, states = (torch.load(folder / f"{number}{end}.pt", weights_only=False) for end in ("", ".optimizer"))
+        shapes = sorted(state["exp_avg"].shape for state in states["state"].values())
+        # the head is the embedding
+        assert shapes == sorted(weight.shape for name, weight in weights.items() if name != "lm_head.weight"), case
+        files.append(states["state"])
+    whole, split = files
+    assert whole.keys() == split.keys()
+    for number, state in whole.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, found = state[name], split[number][name]
+            assert found.shape == expected.shape
+            assert (found - expected).norm() < 0.1 * expected.norm(), (number, name, expected.shape)
+        assert state["step"] == split[number]["step"] == 5
 
 
 @pytest.mark.parametrize(("mode", "case"), [(mode, case) for mode, cases in FAULTS.items() for case in cases], ids=str)

@@ -42,17 +42,15 @@ class Run:
         self.chunk, self.group = chunk, group
         self.begin, self.end = parts[0][0], parts[-1][1]
         self.stand_ins = [(stand_in, end - begin) for begin, end, stand_in in parts]
-        self._payload: torch.Tensor | None = None
-        self._masters = torch.empty(0)
         self._moments: list[torch.Tensor] = []
         self._views: list[tuple[torch.Tensor, ...]] = []
 
     def masters(self) -> torch.Tensor:
-        """The fp32 weights, flat. They move at most once, under placement auto."""
-        payload = self.chunk.paired_chunk.payload  # pyright: ignore[reportOptionalMemberAccess]
-        if payload is not self._payload:
-            self._payload, self._masters = payload, payload[self.begin : self.end]
-        return self._masters
+        """The fp32 weights, flat. They stay where they are: only a gpu_margin_mem_ratio above 0, which the plan does
+        not give, would move them under placement auto (``GeminiOptimizer._maybe_move_fp32_params``).
+        """
+        paired: Any = self.chunk.paired_chunk
+        return paired.payload[self.begin : self.end]
 
     def moments(self, states: Any) -> list[torch.Tensor]:
         """First and second moment, flat, on the masters' device; what a checkpoint has put in their place is taken
@@ -120,7 +118,6 @@ class ChunkAdam:
     def step(self) -> None:
         """Unscale, clip and update (collective), or leave the step out if an fp16 gradient overflowed."""
         optimizer = self._optimizer
-        self._fetch_masters()
         if optimizer.mix_precision_mixin.should_skip_step():
             self._leave_out()
         else:
@@ -161,14 +158,6 @@ class ChunkAdam:
         self._optimizer._clear_global_norm()
         if self._chunks.reuse_fp16_chunk:
             self._optimizer._update_fp16_params()
-
-    def _fetch_masters(self) -> None:
-        """Placement auto: once it is known what memory is free, move master weights to the device for good."""
-        optimizer = self._optimizer
-        if optimizer._should_move_fp32_params_h2d:
-            optimizer._maybe_move_fp32_params()
-            for stand_in, chunk in optimizer.param_to_chunk16.items():
-                stand_in.data = torch.empty(0, device=chunk.paired_chunk.payload.device)
 
 
 def update_by_chunks(optimizer: Any, adam: SuiteAdam, *, compiled: bool) -> None:
