@@ -56,7 +56,7 @@ def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
         pp_size=config.pp_degree,
         sp_size=1,  # the sequence is shared out over the tensor-parallel ranks
         # with one copy of the model there is nothing to share, and ZeRO's buckets would only cost
-        zero_stage=config.zero_stage if data_parallel_size > 1 else 0,
+        zero_stage=config.zero_stage if data_parallel_size > 1 else 0,  # pyright: ignore[reportArgumentType]
         precision=config.precision,
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
