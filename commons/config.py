@@ -111,8 +111,8 @@ class PlanFlags:
     )
     blocks_per_chunk: int | None = _flag(
         None,
-        "Gemini: transformer blocks that are gathered, and whose gradients are averaged, together (default: as many as"
-        " have two million parameters, at least one)",
+        "Gemini: transformer blocks that are gathered, and whose gradients are averaged, together; all of them: the"
+        " rest of the model too (default: as many as have two million parameters, at least one)",
         "N",
     )
     gemini_hooks: Literal["block", "operation"] = _flag(

@@ -66,6 +66,10 @@ def main() -> None:
     assert sharded["reduce_bytes"] == sum(chunk.chunk_mem for chunk in chunks)
     assert not sharded["moves to cpu"] and not sharded["moves to cuda"]
 
+    _, together = count_traffic(here, "--blocks_per_chunk", "4")
+    print("the whole model in one chunk:", dict(together))
+    assert (together["gathers"], together["reductions"]) == (1, 1)
+
     chunks, offloaded = count_traffic(here, "--placement", "cpu")
     print("all offloaded:", dict(offloaded))
     assert offloaded["moves to cuda"] >= 2 * len(chunks) - 1

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
+from commons.colossal.chunks import chunk_configuration
 from model_zoo import (
     MODEL_SIZES,
     ModelShape,
@@ -324,3 +325,10 @@ def test_an_untrained_model_guesses_evenly_over_the_real_vocabulary() -> None:
     tokens = tokens_of(SMALLEST, batch=16, length=32)
     loss = seeded_model()(input_ids=tokens, labels=tokens).loss.item()
     assert loss == pytest.approx(math.log(SMALLEST.vocab), rel=0.01)  # with the 28 padding rows it would be 5 % more
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_a_chunk_of_all_blocks_holds_the_whole_model(size: str) -> None:
+    shape = MODEL_SIZES[size]
+    whole = chunk_configuration(shape, zero_size=4, blocks=shape.layers)[4]["chunk_size"]
+    assert 0 <= whole - padded_parameter_count(shape) < 4

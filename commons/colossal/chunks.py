@@ -28,15 +28,25 @@ def block_elements(shape: ModelShape, tp_degree: int = 1) -> int:
     return (12 * hidden * hidden + 7 * hidden) // tp_degree + 6 * hidden
 
 
+def rest_elements(shape: ModelShape, tp_degree: int = 1) -> int:
+    """Parameters of one tensor-parallel rank outside of the blocks: its rows of the padded embedding, the positions and
+    the final norm.
+    """
+    return (shape.padded_vocab // tp_degree + shape.positions + 2) * shape.hidden
+
+
 def chunk_configuration(
     shape: ModelShape, zero_size: int, tp_degree: int = 1, blocks: int = 1
 ) -> dict[int, dict[str, Any]]:
-    """Gemini's ``chunk_config_dict``: chunks of ``blocks`` blocks, or of all where these are fewer, rounded up to a
-    multiple of the ranks that share them.
+    """Gemini's ``chunk_config_dict``: chunks of ``blocks`` blocks, rounded up to a multiple of the ranks that share
+    them.
 
-    Larger tensors (the embedding of all but the widest models) get a chunk of their own from Gemini.
+    Larger tensors (the embedding of all but the widest models) get a chunk of their own from Gemini. Where all blocks
+    share a chunk, so does the rest of the model: it is gathered once a step and its gradients are reduced once.
     """
     elements = block_elements(shape, tp_degree) * min(blocks, shape.layers)
+    if blocks >= shape.layers:
+        elements += rest_elements(shape, tp_degree)
     return {zero_size: {"chunk_size": elements + -elements % zero_size, "keep_gathered": False}}
 
 
