@@ -2,7 +2,7 @@
 # Runs the tests: bash run_tests.sh [pytest's arguments]
 #
 #     bash run_tests.sh                     everything that needs no GPU
-#     bash run_tests.sh -m gpu              what needs GPUs
+#     bash run_tests.sh -m gpu              what needs GPUs (GEMINI_PARITY_OUT=FILE: its parity table in FILE.md)
 #     bash run_tests.sh tests/test_config.py -k placement
 #
 # The first start installs what is needed (install.sh --dev). The exit code is pytest's. Nothing outlives it: a process

@@ -48,7 +48,7 @@ class Agent(LocalElasticAgent):
     """The engine's agent, which also watches for ranks that hang, and knows what a restart cannot help.
 
     Args:
-        stop: what it has kept is raised before and after what the engine does.
+        stop: what it has kept is raised before the ranks start and whenever they have been looked at.
         begin: called with the number of an attempt, from 1, before its ranks start.
         is_final: whether ranks that failed so would fail again.
         on_restart: called with the failures and the number of the attempt that follows.
@@ -78,11 +78,9 @@ class Agent(LocalElasticAgent):
         self._begin(self._attempt)
         pids: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         self._watch.started({worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
-        self._raise_what_was_kept()
         return pids
 
     def _monitor_workers(self, worker_group: Any) -> Any:
-        self._raise_what_was_kept()
         result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         self._raise_what_was_kept()  # ranks that heard it too have not failed
         if not result.is_failed():

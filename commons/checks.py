@@ -123,10 +123,6 @@ class Job:
     gpu_count: int
 
     @property
-    def ranks_in_a_copy(self) -> int:
-        return self.config.model_parallel_size
-
-    @property
     def node_count(self) -> int:
         return max(1, self.world_size // self.local_world_size)
 
@@ -342,7 +338,7 @@ def _pipeline(job: Job) -> Iterator[str]:
             f"--num_microbatches {microbatches} does not divide --batch_size {batch}: use {pieces}--batch_size"
             f" {microbatches}"
         )
-    copies = -(-job.world_size // job.ranks_in_a_copy)
+    copies = -(-job.world_size // job.config.model_parallel_size)
     shards_nothing = job.plan is not None and job.plan.pipeline and config.precision == "fp32" and copies > 1
     if pp > 1 and config.zero_stage == 2:
         stages = "0" if shards_nothing else "1 or 0"
@@ -372,7 +368,7 @@ def _without_pipeline(job: Job) -> str:
 
 
 def _is_shared_out(job: Job) -> bool:
-    return job.world_size % job.ranks_in_a_copy == 0
+    return job.world_size % job.config.model_parallel_size == 0
 
 
 def _works(job: Job, **degrees: int) -> bool:
@@ -435,7 +431,7 @@ def _is_not_read(config: TrainConfig, name: str, in_range: bool) -> str | None:
     return f"--{name} is read under --{other} {wanted} only: leave it out{change}"
 
 
-def _abilities(job: Job) -> Iterator[str]:
+def _precisions(job: Job) -> Iterator[str]:
     """A precision that the plan does not have."""
     from commons.plans import PLANS
 
@@ -484,7 +480,7 @@ def _placement(job: Job) -> Iterator[str]:
 def _layout(job: Job) -> Iterator[str]:
     if _is_shared_out(job):
         return
-    tp, pp, copy = job.config.tp_degree, job.config.pp_degree, job.ranks_in_a_copy
+    tp, pp, copy = job.config.tp_degree, job.config.pp_degree, job.config.model_parallel_size
     fits = -(-job.world_size // copy) * copy
     on_gpus = job.device_type == "cuda" and job.node_count == 1
     more = f"start {fits} ranks (GPUNUM={fits} on one machine), or " if not on_gpus or fits <= job.gpu_count else ""
@@ -593,7 +589,7 @@ def _machine(job: Job) -> Iterator[str]:
 def _fewer_ranks(job: Job) -> str:
     """As many ranks as the GPUs are and the degrees allow; where they are too few for one copy, smaller degrees too."""
     nodes, counts = job.node_count, range(job.gpu_count, 0, -1)
-    number = next((count for count in counts if nodes * count % job.ranks_in_a_copy == 0), None)
+    number = next((count for count in counts if nodes * count % job.config.model_parallel_size == 0), None)
     if number is None:
         return f"GPUNUM={job.gpu_count} {_smaller_degrees(job, nodes * job.gpu_count)}"
     return f"GPUNUM={number} (torchrun --nproc_per_node {number})"
@@ -666,7 +662,7 @@ CHECKS = (
     _heads,
     _widths,
     _pipeline,
-    _abilities,
+    _precisions,
     _torch_version,
     _placement,
     _layout,

@@ -52,11 +52,11 @@ class Ended:
 FINISHED = Ended("finished", exit_code=0)
 
 
-def stopped_by(signum: int, steps_done: int, steps: int) -> Ended:
-    """The end that a signal asked for."""
+def stopped_by(signum: int, steps_done: int | None, steps: int) -> Ended:
+    """The end that a signal asked for. ``steps_done`` is None where another machine counts them."""
     name = signal.Signals(signum).name
-    how_far = f"after step {steps_done} of {steps}" if steps_done else "before the first step was done"
-    return Ended(name, f"Stopped by {name} {how_far}.", 128 + signum)
+    how_far = f" after step {steps_done} of {steps}" if steps_done else " before the first step was done"
+    return Ended(name, f"Stopped by {name}{'' if steps_done is None else how_far}.", 128 + signum)
 
 
 def attempt_number(environ: Mapping[str, str] = os.environ) -> int:

@@ -395,11 +395,7 @@ class Course:
 
     def report_signal(self, signum: int) -> int:
         done = self.conclude(stopped_by(signum, 0, self._config.train_step), replace=False)
-        if done is None:
-            why = f"Stopped by {signal.Signals(signum).name}."
-        else:
-            why = stopped_by(signum, done, self._config.train_step).why
-        print(why, file=sys.stderr, flush=True)
+        print(stopped_by(signum, done, self._config.train_step).why, file=sys.stderr, flush=True)
         return 128 + signum
 
     def conclude(self, ended: Ended, *, replace: bool) -> int | None:

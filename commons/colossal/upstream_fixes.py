@@ -114,7 +114,7 @@ def _setup_grads_device(self: Any, params: list, grads_device_map: dict) -> None
     from colossalai.accelerator import get_accelerator
 
     chunks = list(dict.fromkeys(self.chunk_manager.get_chunk(param) for param in params))  # a set has no order
-    offloaded = _first_that_fit(chunks, self.offload_optim_frac)
+    offloaded = set(_first_that_fit(chunks, self.offload_optim_frac))
     for chunk in chunks:
         device = torch.device("cpu") if chunk in offloaded else get_accelerator().get_current_device()
         for param in chunk.get_tensors():
