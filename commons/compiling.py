@@ -62,6 +62,7 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
     options: dict[str, Any] = {}
     if wants_compile(config, device_type):
         keep_cache()
+        options["fused_gelu"] = device_type == "cuda" and _gelu_fits(config)
         options["transform"] = lambda function: CompiledFunction(function, backend)
     return gpt2_functions(
         config.shape(),
@@ -71,6 +72,18 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
         fp8=config.precision == "fp8",
         **options,
     )
+
+
+def _gelu_fits(config: TrainConfig) -> bool:
+    """Whether GELU goes into the matrix products beside it. "selective" recomputation would keep its result, which is
+    what it is there to spare.
+    """
+    from commons.device import compute_dtype
+    from commons.feed_forward import fits
+
+    if config.precision == "fp8" or config.activation_checkpointing == "selective":
+        return False
+    return fits(config.shape().hidden, compute_dtype(config.base_precision))
 
 
 def keep_cache() -> None:

@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from commons.feed_forward import feed_forward
 from commons.fp8 import fp8_linear
 from commons.fused_loss import next_token_loss, softmax_gradient
 from commons.recompute import checkpoint_arguments
@@ -85,6 +87,7 @@ def gpt2_functions(
     dropout: float = 0.0,
     recompute: str = "off",
     fp8: bool = False,
+    fused_gelu: bool = False,
     transform: Callable[[Callable], Callable] = _unchanged,
 ) -> GPT2Functions:
     """The functions of one model size, in training mode.
@@ -94,19 +97,21 @@ def gpt2_functions(
         dropout: probability, the same for embeddings, attention weights and residuals.
         recompute: what a block computes again on the way back: "off", "selective" or "on", see commons.recompute.
         fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
+        fused_gelu: apply GELU inside of matrix products, see commons.feed_forward; not with fp8.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
     heads, vocab = shape.heads, shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
     linear = fp8_linear if fp8 else _linear
+    feed = feed_forward if fused_gelu else partial(_feed_forward, linear=linear)
 
     def embed(tokens: torch.Tensor, token_table: torch.Tensor, position_table: torch.Tensor) -> torch.Tensor:
         hidden = functional.embedding(tokens, token_table) + position_table[: tokens.shape[1]]
         return functional.dropout(hidden, dropout) if dropout else hidden
 
     def block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend, linear=linear)
+        return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend, linear=linear, feed=feed)
 
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
@@ -156,6 +161,7 @@ def _block(
     dropout: float,
     attend: Callable,
     linear: Callable,
+    feed: Callable,
 ) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
     qkv = linear(_layer_norm(hidden, norm_1_weight, norm_1_bias), qkv_weight, qkv_bias)
@@ -164,8 +170,21 @@ def _block(
     query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
     attended = attend(query, key, value, dropout).transpose(1, 2).flatten(2)
     hidden = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout) + hidden
-    inner = linear(_layer_norm(hidden, norm_2_weight, norm_2_bias), up_weight, up_bias)
-    return hidden + _dropped(linear(functional.gelu(inner, approximate="tanh"), down_weight, down_bias), dropout)
+    fed = feed(_layer_norm(hidden, norm_2_weight, norm_2_bias), up_weight, up_bias, down_weight, down_bias)
+    return hidden + _dropped(fed, dropout)
+
+
+def _feed_forward(
+    hidden: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor,
+    *,
+    linear: Callable,
+) -> torch.Tensor:
+    inner = functional.gelu(linear(hidden, up_weight, up_bias), approximate="tanh")
+    return linear(inner, down_weight, down_bias)
 
 
 def _dropped(hidden: torch.Tensor, dropout: float) -> torch.Tensor:

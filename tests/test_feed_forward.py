@@ -1,0 +1,175 @@
+"""The feed-forward layer whose GELU is part of its matrix products: the same arithmetic, wherever it runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from commons import feed_forward as suite
+from commons.compiling import functions_for
+from commons.config import TrainConfig
+from commons.cublaslt import ALIGNED_BYTES, alignment
+from commons.feed_forward import feed_forward
+from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
+from commons.recompute import MODES
+from model_zoo import MODEL_SIZES
+
+ROWS, WIDTH = 24, 16
+gpu = pytest.mark.gpu
+
+
+def operands(dtype: torch.dtype, device: str = "cpu", rows: int = ROWS, width: int = WIDTH) -> list[torch.Tensor]:
+    """Hidden states, both weights and biases, such that no part of the result is small beside another."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (2, rows // 2, width), (width, 4 * width), (4 * width,), (4 * width, width), (width,)
+    factors = 1, width**-0.5, 1, width**-0.5, 1
+    return [
+        (torch.randn(shape, generator=generator, device=device) * factor).to(dtype).requires_grad_()
+        for shape, factor in zip(shapes, factors, strict=True)
+    ]
+
+
+def written_out(hidden, up_weight, up_bias, down_weight, down_bias):
+    return functional.gelu(hidden @ up_weight + up_bias, approximate="tanh") @ down_weight + down_bias
+
+
+def outcome(function: Callable, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The result and the gradient of every argument."""
+    out = function(*arguments)
+    slope = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
+    return [out, *torch.autograd.grad(out, arguments, slope.to(out.dtype))]
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def exact_outcome(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    wide = [argument.detach().double().requires_grad_() for argument in arguments]
+    return outcome(written_out, wide)
+
+
+def test_gradients_are_those_of_the_function():
+    assert torch.autograd.gradcheck(feed_forward, operands(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_the_same_as_written_out(backend, dtype):
+    run = feed_forward if backend is None else torch.compile(feed_forward, backend=backend, fullgraph=True)
+    arguments = operands(dtype)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for got, exact in zip(outcome(run, arguments), exact_outcome(arguments), strict=True):
+        assert got.dtype == dtype and error(got, exact) < bound
+
+
+def test_under_autocast_it_computes_narrow_and_gives_wide_gradients():
+    arguments = operands(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *gradients = outcome(feed_forward, arguments)
+    assert out.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    for got, exact in zip([out, *gradients], exact_outcome(arguments), strict=True):
+        assert error(got, exact) < 1e-2
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_block_is_the_same_with_it(backend, recompute):
+    shape = MODEL_SIZES["gpt2_tiny"]
+    transform = (
+        functools.partial(torch.compile, backend=backend, fullgraph=True) if backend else lambda function: function
+    )
+    plain, fused = (
+        gpt2_functions(shape, recompute=recompute, fused_gelu=fused, transform=transform).block
+        for fused in (False, True)
+    )
+    torch.manual_seed(0)
+    sizes = {"weight": {"c_attn": 3, "c_fc": 4}, "bias": {"c_attn": 3, "c_fc": 4}}
+    parameters = []
+    for name in BLOCK_PARAMETERS:
+        _, module, kind = ("." + name).rsplit(".", 2)
+        out = shape.hidden * sizes[kind].get(module, 1)
+        inner = shape.hidden * (4 if name.startswith("mlp.c_proj") else 1)
+        matrix = kind == "weight" and not module.startswith("ln")
+        parameters.append((torch.randn(inner, out) * 0.05 if matrix else torch.randn(out)).requires_grad_())
+    hidden = torch.randn(2, 8, shape.hidden, requires_grad=True)
+    for got, wanted in zip(outcome(fused, [hidden, *parameters]), outcome(plain, [hidden, *parameters]), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
+    monkeypatch.setattr("commons.compiling.wants_compile", lambda config, device_type: config.compile != "off")
+    monkeypatch.setattr("commons.compiling.keep_cache", lambda: None)
+    asked = []
+    monkeypatch.setattr("commons.gpt2_functions.gpt2_functions", lambda _, **options: asked.append(options))
+
+    def has(device_type: str = "cuda", **settings) -> bool:
+        functions_for(TrainConfig(model_type="gpt2_tiny", **settings), device_type)
+        return asked[-1].get("fused_gelu", False)
+
+    monkeypatch.setattr(suite, "library", lambda: None)
+    assert not has()
+    monkeypatch.setattr(suite, "library", object)
+    assert has() and has(precision="fp16") and has(activation_checkpointing="on")
+    assert not has("cpu") and not has(compile="off") and not has(precision="fp32") and not has(precision="fp8")
+    assert not has(activation_checkpointing="selective")
+    assert not has(hidden_size=36, num_heads=4)  # no multiple of 8
+
+
+def test_alignment_is_what_all_addresses_share():
+    whole = torch.empty(1024, dtype=torch.uint8)
+    shift = -whole.data_ptr() % (2 * ALIGNED_BYTES)
+    assert alignment(whole[shift:]) == ALIGNED_BYTES
+    assert alignment(whole[shift:], whole[shift + 16 :]) == 16
+    assert alignment(whole[shift + 32 :], whole[shift + 2 :]) == 2
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, width", [(2048, 512), (510, 1600), (64, 48)])
+def test_on_a_gpu_it_is_as_exact_as_torch(rows, width, dtype, monkeypatch):
+    said = []
+    monkeypatch.setattr(suite, "say", said.append)
+    arguments = operands(dtype, "cuda", rows, width)
+    exact = exact_outcome(arguments)
+    ours, torchs = outcome(feed_forward, arguments), outcome(written_out, arguments)
+    for got, other, wanted in zip(ours, torchs, exact, strict=True):
+        assert error(got, wanted) < 1.05 * error(other, wanted) + 1e-5
+    assert not said
+
+
+@gpu
+def test_on_a_gpu_operands_may_lie_anywhere(monkeypatch):
+    """As in a chunk: a parameter begins where the one before it ends."""
+    aligned = operands(torch.bfloat16, "cuda", 256, 64)
+    shifted = []
+    for number, argument in enumerate(aligned):
+        memory = torch.empty(argument.numel() + 64, dtype=argument.dtype, device="cuda")
+        place = memory[8 * number + 8 :][: argument.numel()].view(argument.shape)
+        shifted.append(place.copy_(argument.detach()).requires_grad_())
+    for got, exact in zip(outcome(feed_forward, shifted), exact_outcome(aligned), strict=True):
+        assert error(got, exact) < 1e-2
+
+
+@gpu
+def test_on_a_gpu_what_the_library_cannot_do_is_done_by_torch(monkeypatch):
+    said = []
+    monkeypatch.setattr(suite, "say", said.append)
+    arguments = operands(torch.bfloat16, "cuda", 16, 12)  # what lies aside has to have a width of a multiple of 8
+    arguments = [
+        arguments[0],
+        *(argument[..., :36].detach().requires_grad_() for argument in arguments[1:3]),
+        arguments[3][:36].detach().requires_grad_(),
+        arguments[4],
+    ]
+    for got, exact in zip(outcome(feed_forward, arguments), exact_outcome(arguments), strict=True):
+        assert error(got, exact) < 1e-2
+    assert any("GELU runs as a pass of its own" in line for line in said)
