@@ -524,6 +524,16 @@ def _compile(job: Job) -> Iterator[str]:
         yield f"--compile on: {problem}; or use --compile off"
 
 
+def _cuda_graph(job: Job) -> Iterator[str]:
+    """What ``--cuda_graph on`` cannot do; "auto" leaves it out by itself."""
+    if job.config.cuda_graph != "on":
+        return
+    from commons.step_graph import graph_problems
+
+    for problem in graph_problems(job.config, job.device_type, job.world_size):
+        yield f"--cuda_graph on: {problem}; or leave it out"
+
+
 def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
@@ -667,6 +677,7 @@ CHECKS = (
     _placement,
     _layout,
     _compile,
+    _cuda_graph,
     _kernels,
     _fp8,
     _machine,

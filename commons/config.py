@@ -190,6 +190,11 @@ class MachineFlags:
     compile: Literal["auto", "on", "off"] = _flag(
         "auto", "torch.compile, block by block; auto: on a GPU, and without tensor or pipeline parallelism"
     )
+    cuda_graph: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Gemini: record the forward and the backward pass once and replay them, so that the GPU does not wait for the"
+        " host; auto: on one GPU with compiled blocks, where nothing is offloaded, accumulated, dropped or in fp16",
+    )
     timeout: float = _flag(
         600.0,
         "seconds without progress after which a hanging rank, a stuck collective, or the wait for another machine"

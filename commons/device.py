@@ -270,8 +270,12 @@ class MemoryUse:
     host_mib: float
 
 
-def memory_use(device: Device) -> MemoryUse:
-    """What torch's allocator holds, held at most since the last reset, and the process's resident set."""
+def memory_use(device: Device, replayed_bytes: int = 0) -> MemoryUse:
+    """What torch's allocator holds, held at most since the last reset, and the process's resident set.
+
+    Args:
+        replayed_bytes: what a CUDA graph used beside what is allocated now, unseen by the allocator.
+    """
     host_mib = _resident_bytes() / MIB
     if device.type == "cpu":
         nan = float("nan")
@@ -279,7 +283,8 @@ def memory_use(device: Device) -> MemoryUse:
     import torch
 
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    return MemoryUse(allocated / MIB, reserved / MIB, torch.cuda.max_memory_allocated() / MIB, host_mib)
+    peak = max(torch.cuda.max_memory_allocated(), allocated + replayed_bytes)
+    return MemoryUse(allocated / MIB, reserved / MIB, peak / MIB, host_mib)
 
 
 def _resident_bytes() -> int:

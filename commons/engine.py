@@ -217,7 +217,12 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
 
 def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: int) -> list[dict[str, float]]:
     """What every rank saw of a step, by rank (collective: one small all-gather)."""
-    seen = {"loss": loss.item(), "signum": float(signum), **vars(timing), **vars(memory_use(session.device))}
+    seen = {
+        "loss": loss.item(),
+        "signum": float(signum),
+        **vars(timing),
+        **vars(memory_use(session.device, session.trainable.replayed_bytes)),
+    }
     rows = _all_gather(list(seen.values()), session.device)
     return [dict(zip(seen, row, strict=True)) for row in rows]
 

@@ -23,6 +23,8 @@ from model_zoo import build_model
 class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
 
+    replayed_bytes = 0
+
     def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm

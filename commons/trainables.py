@@ -30,9 +30,12 @@ class Stepping(Protocol):
     Attributes:
         model: the wrapped model, or this rank's part of it.
         param_groups: the optimizer's, to set the learning rate in.
+        replayed_bytes: device memory that a recorded pass uses, which torch's allocator does not count; see
+            commons.step_graph.
     """
 
     model: nn.Module
+    replayed_bytes: int
 
     @property
     def param_groups(self) -> list[dict]: ...

@@ -10,10 +10,11 @@ from torch import nn
 
 from commons.colossal.chunks import blocks_first, chunk_configuration
 from commons.colossal.runtime import prepare
-from commons.compiling import functions_for, run_as_functions, wants_compile, wants_functions
+from commons.compiling import functions_for, run_as_functions, say, wants_compile, wants_functions
 from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
+from commons.step_graph import EAGER_STEPS, StepGraph, wants_graph
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
@@ -21,6 +22,8 @@ from model_zoo import build_model
 
 class BoostedTrainable:
     """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines."""
+
+    replayed_bytes = 0
 
     def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
         self.booster, self.model, self.optimizer = booster, model, optimizer
@@ -63,6 +66,35 @@ class BoostedTrainable:
         return next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
 
 
+class GraphedTrainable(BoostedTrainable):
+    """The same with both passes recorded after the first steps; see commons.step_graph."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._steps = 0
+        self._graph: StepGraph | None = None
+        self._norms: dict[Any, torch.Tensor | None] = {}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._steps += 1
+        if self._steps <= EAGER_STEPS:
+            return super().forward(tokens)
+        if self._graph is None:
+            self._graph = StepGraph(super().forward, super().backward, lambda: None, tokens)
+            self.replayed_bytes = self._graph.peak_bytes
+            say("forward and backward pass are recorded and replayed from here on (--cuda_graph)")
+            self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
+        return self._graph.forward(tokens)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self._graph is None:
+            super().backward(loss)
+            return
+        self._graph.backward()
+        for chunk, norm in self._norms.items():
+            chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
+
+
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     """Wrap the model with GeminiPlugin (collective)."""
     prepare(device.type)
@@ -100,7 +132,9 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    trainable = boost(plugin, model, config, no_sync=False)
+    graphed = wants_graph(config, device.type, device.world_size)
+    kind = GraphedTrainable if graphed else BoostedTrainable
+    trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
     update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable

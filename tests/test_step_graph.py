@@ -1,0 +1,83 @@
+"""The recorded passes: when there are any, and that replaying them trains the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from suite_runs import launch
+
+from commons.config import TrainConfig
+from commons.step_graph import graph_problems, wants_graph
+
+ONE_GPU = {"device_type": "cuda", "world_size": 1}
+
+
+def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list[str]:
+    return list(graph_problems(TrainConfig(**settings), device_type, world_size))
+
+
+@pytest.mark.parametrize(
+    "settings, cure",
+    [
+        ({"device_type": "cpu"}, "--cuda_graph off"),
+        ({"world_size": 2}, "one GPU"),
+        ({"distplan": "Pytorch_DDP"}, "--distplan CAI_Gemini"),
+        ({"gemini_hooks": "operation"}, "--gemini_hooks block"),
+        ({"placement": "auto"}, "--placement cuda"),
+        ({"offload_optim_frac": 0.5}, "--placement cuda"),
+        ({"precision": "fp16"}, "--precision bf16"),
+        ({"grad_accum": 2}, "--grad_accum 1"),
+        ({"dropout": 0.1}, "--dropout 0"),
+    ],
+)
+def test_what_changes_from_step_to_step_is_not_recorded(settings, cure):
+    assert not problems()
+    (problem,) = problems(**settings)
+    assert cure in problem
+
+
+def test_auto_records_where_blocks_are_compiled(monkeypatch):
+    monkeypatch.setattr("commons.compiling.wants_compile", lambda config, device_type: config.compile != "off")
+    assert wants_graph(TrainConfig(), **ONE_GPU)
+    assert not wants_graph(TrainConfig(compile="off"), **ONE_GPU)
+    assert wants_graph(TrainConfig(compile="off", cuda_graph="on"), **ONE_GPU)
+    assert not wants_graph(TrainConfig(cuda_graph="off"), **ONE_GPU)
+    assert not wants_graph(TrainConfig(grad_accum=2), **ONE_GPU)
+
+
+def test_on_is_refused_with_every_reason(tmp_path):
+    run = launch(tmp_path, "--cuda_graph", "on", "--device", "cpu", "--grad_accum", "2")
+    assert run.returncode == 2
+    assert "a CPU has none" in run.console and "--grad_accum 1" in run.console
+
+
+STEPS = ("--model_type", "gpt2_tiny", "--batch_size", "8", "--seq_len", "128", "--train_step", "8", "--lr", "1e-3")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags",
+    ["--precision bf16", "--precision fp32 --clip_grad_norm 0.5", "--activation_checkpointing on --compile off"],
+)
+def test_a_replayed_step_is_the_step(tmp_path, flags):
+    runs = {}
+    for choice in ("on", "off"):
+        run = launch(tmp_path / choice, *STEPS, *flags.split(), "--cuda_graph", choice)
+        assert run.returncode == 0, run.console[-3000:]
+        assert ("recorded and replayed" in run.console) == (choice == "on")
+        runs[choice] = records(run.folder)
+    tolerance = 1e-6 if "fp32" in flags else 2e-4
+    for replayed, launched in zip(runs["on"], runs["off"], strict=True):
+        assert replayed["loss"] == pytest.approx(launched["loss"], rel=tolerance)
+        assert replayed["grad_norm"] == pytest.approx(launched["grad_norm"], rel=1e-3)
+        assert replayed["device_memory_peak_mib"] == pytest.approx(launched["device_memory_peak_mib"], rel=0.1)
+    losses = [record["loss"] for record in runs["on"]]
+    # other batches and other weights every time
+    assert all(abs(one - next_one) > 1e-4 for one, next_one in zip(losses, losses[1:], strict=False))
+    assert losses[-1] < losses[0]
