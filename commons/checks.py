@@ -531,7 +531,7 @@ def _cuda_graph(job: Job) -> Iterator[str]:
     from commons.step_graph import graph_problems
 
     for problem in graph_problems(job.config, job.device_type, job.world_size):
-        yield f"--cuda_graph on: {problem}; or leave it out"
+        yield f"--cuda_graph on records nothing {problem}, or leave it out"
 
 
 def _kernels(job: Job) -> Iterator[str]:

@@ -23,17 +23,18 @@ EAGER_STEPS = 2  # the first compiles and is Gemini's warm-up, the second fills 
 
 
 def graph_problems(config: TrainConfig, device_type: str, world_size: int) -> Iterator[str]:
-    """Why the passes cannot be recorded, and the settings with which they could, one by one."""
-    whole = config.offload_optim_frac == 0 and config.offload_param_frac == 0
+    """Where the passes cannot be recorded, each with a setting with which they could."""
+    moves = config.placement not in ("static", "cuda") or config.offload_optim_frac or config.offload_param_frac
     rules = (
-        (device_type != "cuda", "a CPU has none: use --cuda_graph off"),
-        (config.distplan != "CAI_Gemini", f"{config.distplan} has none: use --distplan CAI_Gemini"),
-        (config.gemini_hooks == "operation" or config.tp_degree > 1, "use --gemini_hooks block and --tp_degree 1"),
-        (world_size > config.tp_degree, "collectives are not recorded: use one GPU"),
-        (config.placement not in ("static", "cuda") or not whole, "chunks that move: use --placement cuda"),
-        (config.precision == "fp16", "fp16 looks for infinities: use --precision bf16"),
-        (config.grad_accum > 1, "the passes differ: use --grad_accum 1"),
-        (config.dropout > 0, "what is dropped would be recorded too: use --dropout 0"),
+        (device_type != "cuda", "on a CPU: use --cuda_graph off"),
+        (config.distplan != "CAI_Gemini", f"with {config.distplan}: use --distplan CAI_Gemini"),
+        (config.gemini_hooks == "operation", "with hooks inside of blocks: use --gemini_hooks block"),
+        (config.tp_degree > 1, "with collectives inside of blocks: use --tp_degree 1"),
+        (world_size > config.tp_degree, "with several data-parallel ranks: use GPUNUM=1"),
+        (moves, "with chunks that move: use --placement cuda"),
+        (config.precision == "fp16", "in fp16, which looks for infinities: use --precision bf16"),
+        (config.grad_accum > 1, "where passes differ: use --grad_accum 1"),
+        (config.dropout > 0, "with random numbers: use --dropout 0"),
     )
     return (text for applies, text in rules if applies)
 
