@@ -74,7 +74,6 @@ class StepGraph:
         self._tokens = tokens.clone()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()  # autograd goes back on the stream of the way there
-        allocated = torch.cuda.memory_allocated()
         # other threads, such as NCCL's, go on looking at events of their own
         options = {"stream": stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self._forward, **options):
@@ -84,7 +83,7 @@ class StepGraph:
             backward(loss)
             join()
         self._loss = loss.detach()
-        self.peak_bytes = torch.cuda.max_memory_allocated() - allocated
+        self.peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The loss of ``tokens``, overwritten by the next call."""

@@ -72,7 +72,8 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
         assert replayed["loss"] == pytest.approx(launched["loss"], rel=tolerance)
         if "clip" in flags:
             assert replayed["grad_norm"] == pytest.approx(launched["grad_norm"], rel=1e-3)
-        assert replayed["device_memory_peak_mib"] == pytest.approx(launched["device_memory_peak_mib"], rel=0.1)
+        # the recorded stream has cuBLAS workspaces of its own
+        assert -8 < replayed["device_memory_peak_mib"] - launched["device_memory_peak_mib"] < 100
     losses = [record["loss"] for record in runs["on"]]
     # other batches and other weights every time
     assert all(abs(one - next_one) > 1e-4 for one, next_one in itertools.pairwise(losses))
