@@ -59,6 +59,9 @@ class StepGraph:
         join: makes the current stream wait for all streams that the passes use beside it.
         tokens: of the shape and dtype to come.
 
+    Raises:
+        RuntimeError: something in the passes cannot be recorded; the model cannot be used any more.
+
     Attributes:
         peak_bytes: device memory that a replay uses beyond what is allocated when it begins. torch's allocator does not
             count it.
@@ -76,12 +79,16 @@ class StepGraph:
         stream = torch.cuda.Stream()  # autograd goes back on the stream of the way there
         # other threads, such as NCCL's, go on looking at events of their own
         options = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._forward, **options):
-            loss = forward(self._tokens)
-            join()
-        with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
-            backward(loss)
-            join()
+        try:
+            with torch.cuda.graph(self._forward, **options):
+                loss = forward(self._tokens)
+                join()
+            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
+                backward(loss)
+                join()
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a recording that failed fails too, for no reason of its own
+            raise RuntimeError(f"the passes could not be recorded, --cuda_graph off runs without: {cause}") from cause
         self._loss = loss.detach()
         self.peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from suite_runs import launch
 
 from commons.config import TrainConfig
-from commons.step_graph import graph_problems, wants_graph
+from commons.step_graph import StepGraph, graph_problems, wants_graph
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
@@ -74,3 +75,16 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
     losses = [record["loss"] for record in runs["on"]]
     assert len(set(losses)) == len(losses)  # other batches and other weights every time
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_told_with_the_way_out():
+    weight = torch.ones(4, device="cuda", requires_grad=True)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        loss = (weight * tokens).sum()
+        loss.item()  # waits for what is only recorded
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"--cuda_graph off.*captur"):
+        StepGraph(forward, torch.Tensor.backward, lambda: None, torch.arange(4, device="cuda"))
