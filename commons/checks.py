@@ -165,7 +165,26 @@ def _problem_by_itself(plan: Plan | None, config: TrainConfig, name: str, typed:
     range_problem = None if value is None or name not in LIMITS else _number_problem(name, value, LIMITS[name])
     if not typed:
         return range_problem
-    return _means_nothing(plan, name, value) or _is_not_read(config, name, range_problem is None) or range_problem
+    return (
+        _means_nothing(plan, name, value)
+        or _contradicts_placement(plan, config, name)
+        or _is_not_read(config, name, range_problem is None)
+        or range_problem
+    )
+
+
+def _contradicts_placement(plan: Plan | None, config: TrainConfig, name: str) -> str | None:
+    """A fraction that ``--placement`` fixes or does not have."""
+    if plan is None or not plan.placement or name not in FRACTIONS or config.placement == "static":
+        return None
+    implied, value = PLACEMENTS[config.placement][FRACTIONS.index(name)], getattr(config, name)
+    if config.placement != "auto" and value == implied:
+        return None
+    fixed = "has none" if config.placement == "auto" else f"means --{name} {implied:g}"
+    return (
+        f"--{name} {value:g} contradicts --placement {config.placement}, which {fixed}: leave it out, or use"
+        " --placement static"
+    )
 
 
 def nearest(value: str, names: Iterable[str]) -> str:
@@ -460,15 +479,8 @@ def _placement(job: Job) -> Iterator[str]:
     config = job.config
     if job.plan is None or not job.plan.placement:
         return
-    if config.placement != "static":
-        for name, implied in zip(FRACTIONS, PLACEMENTS[config.placement], strict=True):
-            if name in job.typed and (config.placement == "auto" or getattr(config, name) != implied):
-                fixed = "has none" if config.placement == "auto" else f"means --{name} {implied:g}"
-                yield (
-                    f"--{name} {getattr(config, name):g} contradicts --placement {config.placement}, which"
-                    f" {fixed}: leave it out, or use --placement static"
-                )
-    elif config.offload_param_frac and (config.shard_param_frac, config.offload_optim_frac) != (1, 1):
+    whole = (config.shard_param_frac, config.offload_optim_frac) == (1, 1)
+    if config.placement == "static" and config.offload_param_frac and not whole:
         yield (
             f"--offload_param_frac {config.offload_param_frac:g} would be ignored: Gemini keeps parameters"
             " on the host only with --shard_param_frac 1 --offload_optim_frac 1, got"
@@ -531,7 +543,7 @@ def _cuda_graph(job: Job) -> Iterator[str]:
     from commons.step_graph import graph_problems
 
     for problem in graph_problems(job.config, job.device_type, job.world_size):
-        yield f"--cuda_graph on records nothing {problem}, or leave it out"
+        yield f"--cuda_graph on records nothing {problem}: use --cuda_graph off"
 
 
 def _kernels(job: Job) -> Iterator[str]:

@@ -83,7 +83,8 @@ def _gelu_fits(config: TrainConfig) -> bool:
 
     if config.precision == "fp8" or config.activation_checkpointing == "selective":
         return False
-    return fits(config.shape().hidden, compute_dtype(config.base_precision))
+    rows = config.batch_size * config.seq_len  # pyright: ignore
+    return fits(rows, config.shape().hidden, compute_dtype(config.base_precision))
 
 
 def keep_cache() -> None:

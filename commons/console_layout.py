@@ -35,6 +35,7 @@ ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "b
 #   seq_len
 #   precision, attention    the kernel
 #   activation_checkpointing    "off", "selective" or "on"
+#   cuda_graph              whether forward and backward pass are replayed
 #   device, device_name     "cuda" or "cpu", and what it calls itself
 #   peak_tflops_per_device  what MFU is a share of, or None
 #   notes                   any further lines
@@ -154,6 +155,7 @@ def _compute(header: Header) -> str:
             f"activation checkpointing {header['activation_checkpointing']}"
             if "activation_checkpointing" in header
             else "",
+            "passes replayed" if header.get("cuda_graph") else "",
         ]
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from enum import IntEnum
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
 ALIGNED_BYTES = 256  # the most that the library asks about
-NOT_SUPPORTED = 15  # CUBLAS_STATUS_NOT_SUPPORTED
 DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
 COMPUTE_32F = 68  # cublasComputeType_t: products are summed up in fp32
 TRANSPOSED = 1  # cublasOperation_t
@@ -69,7 +69,8 @@ def library() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
         return None
     try:
-        return ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}")
+        name = f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}"
+        return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # torch's, and no other that may lie about
     except OSError:
         return None
 
@@ -185,8 +186,8 @@ class Product:
             )
         finally:
             _call("cublasLtMatmulPreferenceDestroy", preference)
-        if not found.value:
-            raise CublasLtError(f"no kernel for this product: status {NOT_SUPPORTED}")
+        if not found.value or choice.status:
+            raise CublasLtError(f"cuBLASLt has no kernel for this product (status {choice.status})")
         return choice
 
     def __call__(
@@ -205,6 +206,9 @@ class Product:
             out: [rows, out].
             aside: [rows, out], what the epilogue writes or reads beside it.
             bias: [out].
+
+        Raises:
+            CublasLtError: the product cannot be started.
         """
         self._set(_Attribute.EPILOGUE_AUX_POINTER, c_void_p(aside.data_ptr()))
         if bias is not None:

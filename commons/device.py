@@ -134,7 +134,7 @@ def launch(device_type: str, timeout_seconds: float) -> Device:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
         name = torch.cuda.get_device_name(local_rank)
-        threading.Thread(target=_wake_gpu, args=(local_rank,), daemon=True).start()
+        threading.Thread(target=_wake_gpu, args=(local_rank,)).start()
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **_meeting_place(timeout))
     return Device(device_type, name, dist.get_rank(), local_rank, dist.get_world_size())

@@ -22,6 +22,7 @@ from commons.gpt2_functions import attention_backend
 from commons.guard import Guard
 from commons.layout import Place, place
 from commons.plans import PLANS, Plan
+from commons.step_graph import wants_graph
 from commons.tracing import TRACE_FILE, traced
 from commons.trainables import PipelinedTrainable, Trainable, Update
 from model_zoo import ModelShape, padded_parameter_count, parameter_count
@@ -83,6 +84,7 @@ class Session:
             "precision": config.precision,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
+            "cuda_graph": wants_graph(config, self.device.type, world_size),
             "device": self.device.type,
             "device_name": self.device.name,
             "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,

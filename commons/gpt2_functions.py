@@ -20,7 +20,6 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from commons.feed_forward import feed_forward
 from commons.fp8 import fp8_linear
 from commons.fused_loss import next_token_loss, softmax_gradient
 from commons.recompute import checkpoint_arguments
@@ -104,7 +103,9 @@ def gpt2_functions(
     heads, vocab = shape.heads, shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
     linear = fp8_linear if fp8 else _linear
-    feed = feed_forward if fused_gelu else partial(_feed_forward, linear=linear)
+    feed: Callable = partial(_feed_forward, linear=linear)
+    if fused_gelu:
+        from commons.feed_forward import feed_forward as feed  # registers operators
 
     def embed(tokens: torch.Tensor, token_table: torch.Tensor, position_table: torch.Tensor) -> torch.Tensor:
         hidden = functional.embedding(tokens, token_table) + position_table[: tokens.shape[1]]

@@ -12,29 +12,36 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from commons.config import TrainConfig
 
-EAGER_STEPS = 2  # the first compiles and is Gemini's warm-up, the second fills the libraries' caches
+# The first is Gemini's warm-up and fills the libraries' caches. Few enough that the recording itself is among the
+# steps that the medians leave out.
+EAGER_STEPS = 1
+# What a recording needs beyond a step that was launched: workspaces of its own stream, and memory in other pieces.
+SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
 
 
 def graph_problems(config: TrainConfig, device_type: str, world_size: int) -> Iterator[str]:
-    """Where the passes cannot be recorded, each with a setting with which they could."""
-    moves = config.placement not in ("static", "cuda") or config.offload_optim_frac or config.offload_param_frac
+    """Where the passes cannot be recorded, one reason each."""
+    offload = config.offload_optim_frac or config.offload_param_frac
     rules = (
-        (device_type != "cuda", "on a CPU: use --cuda_graph off"),
-        (config.distplan != "CAI_Gemini", f"with {config.distplan}: use --distplan CAI_Gemini"),
-        (config.gemini_hooks == "operation", "with hooks inside of blocks: use --gemini_hooks block"),
-        (config.tp_degree > 1, "with collectives inside of blocks: use --tp_degree 1"),
-        (world_size > config.tp_degree, "with several data-parallel ranks: use GPUNUM=1"),
-        (moves, "with chunks that move: use --placement cuda"),
-        (config.precision == "fp16", "in fp16, which looks for infinities: use --precision bf16"),
-        (config.grad_accum > 1, "where passes differ: use --grad_accum 1"),
-        (config.dropout > 0, "with random numbers: use --dropout 0"),
+        (device_type != "cuda", "on a CPU"),
+        (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
+        (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
+        (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
+        (world_size > config.tp_degree, "on several data-parallel ranks"),
+        (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
+        (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
+        (config.precision == "fp16", "in fp16, which looks for infinities"),
+        (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
+        (config.dropout > 0, "under --dropout"),
+        (config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
     )
     return (text for applies, text in rules if applies)
 
@@ -48,6 +55,13 @@ def wants_graph(config: TrainConfig, device_type: str, world_size: int) -> bool:
     return config.cuda_graph == "on"
 
 
+def has_room(step_bytes: int) -> bool:
+    """Whether a step that took so much device memory beyond what is allocated now fits in once more, recorded."""
+    free, _ = torch.cuda.mem_get_info()
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return free + cached >= step_bytes * (1 + SPARE_SHARE) + SPARE_BYTES
+
+
 class StepGraph:
     """One forward and one backward pass, recorded.
 
@@ -55,9 +69,8 @@ class StepGraph:
 
     Args:
         forward: from tokens to the loss.
-        backward: from that loss on. Called on another thread's streams, autograd's own.
-        join: makes the current stream wait for all streams that the passes use beside it.
-        tokens: of the shape and dtype to come.
+        backward: from that loss on. All streams that it uses beside the current one have joined it at its end.
+        tokens: int64 [batch, sequence] on the device, of the shape to come.
 
     Raises:
         RuntimeError: something in the passes cannot be recorded; the model cannot be used any more.
@@ -71,33 +84,48 @@ class StepGraph:
         self,
         forward: Callable[[torch.Tensor], torch.Tensor],
         backward: Callable[[torch.Tensor], None],
-        join: Callable[[], None],
         tokens: torch.Tensor,
     ) -> None:
         self._tokens = tokens.clone()
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # autograd goes back on the stream of the way there
-        # other threads, such as NCCL's, go on looking at events of their own
-        options = {"stream": stream, "capture_error_mode": "thread_local"}
-        try:
-            with torch.cuda.graph(self._forward, **options):
-                loss = forward(self._tokens)
-                join()
-            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **options):
-                backward(loss)
-                join()
-        except RuntimeError as error:
-            cause = error.__context__ or error  # the end of a recording that failed fails too, for no reason of its own
-            raise RuntimeError(f"the passes could not be recorded, --cuda_graph off runs without: {cause}") from cause
+        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # one for both: autograd goes back on the stream of the way there
+        with _recorded(self._forward_graph, stream):
+            loss = forward(self._tokens)
+        with _recorded(self._backward_graph, stream, pool=self._forward_graph.pool()):
+            backward(loss)
         self._loss = loss.detach()
         self.peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The loss of ``tokens``, overwritten by the next call."""
+        """The loss of ``tokens``, in memory that the next call overwrites.
+
+        Raises:
+            ValueError: their shape is not the recorded one's.
+        """
+        if tokens.shape != self._tokens.shape:
+            raise ValueError(f"recorded for tokens of {tuple(self._tokens.shape)}, called with {tuple(tokens.shape)}")
         self._tokens.copy_(tokens)
-        self._forward.replay()
+        self._forward_graph.replay()
         return self._loss
 
     def backward(self) -> None:
         """The gradients of the last forward pass."""
-        self._backward.replay()
+        self._backward_graph.replay()
+
+
+@contextmanager
+def _recorded(graph: Any, stream: torch.cuda.Stream, **options: Any) -> Iterator[None]:
+    """Record what the block launches. An error of its own is told, and not that of ending a recording that failed."""
+    before, cause = torch.cuda.current_stream(), None
+    try:
+        # other threads, such as NCCL's, go on looking at events of their own
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options):
+            try:
+                yield
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        torch.cuda.set_stream(before)
+        cause = cause or error
+        raise RuntimeError(f"the passes could not be recorded ({cause}): use --cuda_graph off") from cause

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from packaging.version import Version
+
 TRACE_FILE = "trace.json.gz"
+# Before, the profiler's end could crash a process with CUDA graphs: https://github.com/pytorch/pytorch/issues/112507
+CUPTI_SURVIVES_GRAPHS = Version("12.6")
 
 
 @contextmanager
@@ -19,8 +24,11 @@ def traced(path: Path | None, device_type: str) -> Iterator[None]:
     if path is None:
         yield
         return
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
+    if torch.version.cuda is not None and Version(torch.version.cuda) < CUPTI_SURVIVES_GRAPHS:
+        os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
     activity = ProfilerActivity.CUDA if device_type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         yield

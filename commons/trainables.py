@@ -55,10 +55,15 @@ class Trainable(Stepping, Protocol):
     """A model whose forward and backward passes are two calls."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The loss of one micro-batch, a scalar. ``tokens``: int64 of shape (micro-batch, sequence)."""
+        """The loss of one micro-batch, a scalar, which may be overwritten by the next call.
+
+        ``tokens``: int64 of shape (micro-batch, sequence).
+        """
         ...
 
-    def backward(self, loss: torch.Tensor) -> None: ...
+    def backward(self, loss: torch.Tensor) -> None:
+        """The gradients of the last forward pass, times what was done to its loss where the pass is not replayed."""
+        ...
 
 
 @runtime_checkable

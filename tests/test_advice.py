@@ -49,6 +49,7 @@ DRAWN: dict[str, list[str | None]] = {
     "precision": [None, "bf16", "fp16", "fp32"],
     "initial_loss_scale": [None, None, None, None, "1024", "0.5"],
     "grad_accum": [None, None, None, "4", "0"],
+    "cuda_graph": [None, None, None, "on", "off"],
 }
 RANKS = range(1, 9)
 DRAWS = 250

@@ -57,6 +57,22 @@ def test_gradients_are_those_of_the_function():
     assert torch.autograd.gradcheck(feed_forward, operands(torch.float64))
 
 
+def test_operators_are_what_they_declare():
+    """Shapes without data, and nothing that is written in secret."""
+    with torch.no_grad():
+        hidden, weight, bias, *_ = operands(torch.float32)
+        hidden = hidden.flatten(0, -2)
+        result, before = torch.ops.gemini_gpt2.linear_gelu(hidden, weight, bias)
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.gemini_gpt2.linear_gelu.default, (hidden, weight, bias), test_utils=checks)
+        slope = torch.randn(len(hidden), WIDTH)
+        down = torch.randn(4 * WIDTH, WIDTH)
+        torch.library.opcheck(
+            torch.ops.gemini_gpt2.linear_gelu_gradient.default, (slope, down, before), test_utils=checks
+        )
+    assert result.shape == before.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
 def test_the_same_as_written_out(backend, dtype):
@@ -112,12 +128,18 @@ def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
     monkeypatch.setattr("commons.gpt2_functions.gpt2_functions", lambda _, **options: asked.append(options))
 
     def has(device_type: str = "cuda", **settings) -> bool:
-        functions_for(TrainConfig(model_type="gpt2_tiny", **settings), device_type)
+        functions_for(TrainConfig(model_type="gpt2_tiny", batch_size=2, seq_len=8, **settings), device_type)
         return asked[-1].get("fused_gelu", False)
 
+    prepared = []
+    monkeypatch.setattr(suite, "_prepared", lambda *wanted: prepared.append(wanted) or kernel)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    kernel = None
     monkeypatch.setattr(suite, "library", lambda: None)
     assert not has()
     monkeypatch.setattr(suite, "library", object)
+    assert not has() and prepared
+    kernel = object()
     assert has() and has(precision="fp16") and has(activation_checkpointing="on")
     assert not has("cpu") and not has(compile="off") and not has(precision="fp32") and not has(precision="fp8")
     assert not has(activation_checkpointing="selective")
@@ -147,13 +169,14 @@ def test_on_a_gpu_it_is_as_exact_as_torch(rows, width, dtype, monkeypatch):
 
 
 @gpu
-def test_on_a_gpu_operands_may_lie_anywhere(monkeypatch):
+@pytest.mark.parametrize("shift", [1, 4, 8])
+def test_on_a_gpu_operands_may_lie_anywhere(shift):
     """As in a chunk: a parameter begins where the one before it ends."""
     aligned = operands(torch.bfloat16, "cuda", 256, 64)
     shifted = []
     for number, argument in enumerate(aligned):
         memory = torch.empty(argument.numel() + 64, dtype=argument.dtype, device="cuda")
-        place = memory[8 * number + 8 :][: argument.numel()].view(argument.shape)
+        place = memory[shift * (number + 1) :][: argument.numel()].view(argument.shape)
         shifted.append(place.copy_(argument.detach()).requires_grad_())
     for got, exact in zip(outcome(feed_forward, shifted), exact_outcome(aligned), strict=True):
         assert error(got, exact) < 1e-2

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from suite_runs import launch
+from suite_runs import launch, run_processes
 
+from commons.colossal import boosted
 from commons.config import TrainConfig
-from commons.step_graph import StepGraph, graph_problems, wants_graph
+from commons.step_graph import EAGER_STEPS, graph_problems, has_room, wants_graph
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
 
 def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list[str]:
-    return list(graph_problems(TrainConfig(**settings), device_type, world_size))
+    config = TrainConfig(**settings)
+    return list(graph_problems(config, device_type, world_size))
 
 
 @pytest.mark.parametrize(
-    "settings, cure",
+    "settings, reason",
     [
-        ({"device_type": "cpu"}, "--cuda_graph off"),
-        ({"world_size": 2}, "GPUNUM=1"),
-        ({"distplan": "Pytorch_DDP"}, "--distplan CAI_Gemini"),
-        ({"gemini_hooks": "operation"}, "--gemini_hooks block"),
-        ({"placement": "auto"}, "--placement cuda"),
-        ({"offload_optim_frac": 0.5}, "--placement cuda"),
-        ({"precision": "fp16"}, "--precision bf16"),
-        ({"grad_accum": 2}, "--grad_accum 1"),
-        ({"dropout": 0.1}, "--dropout 0"),
+        ({"device_type": "cpu"}, "CPU"),
+        ({"world_size": 2}, "data-parallel ranks"),
+        ({"distplan": "Pytorch_DDP"}, "Pytorch_DDP"),
+        ({"gemini_hooks": "operation"}, "--gemini_hooks operation"),
+        ({"tp_degree": 2, "world_size": 2}, "--tp_degree"),
+        ({"placement": "auto"}, "--placement auto"),
+        ({"placement": "cpu"}, "--placement cpu"),
+        ({"placement": "const"}, "--placement const"),
+        ({"offload_optim_frac": 0.5}, "--offload_optim_frac"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"grad_accum": 2}, "--grad_accum"),
+        ({"dropout": 0.1}, "--dropout"),
+        ({"train_step": EAGER_STEPS}, "first"),
     ],
 )
-def test_what_changes_from_step_to_step_is_not_recorded(settings, cure):
+def test_what_changes_from_step_to_step_is_not_recorded(settings, reason):
     assert not problems()
     (problem,) = problems(**settings)
-    assert cure in problem
+    assert reason in problem
+
+
+def test_the_recording_is_no_step_that_counts():
+    assert TrainConfig().warmup_step > EAGER_STEPS
 
 
 def test_auto_records_where_blocks_are_compiled(monkeypatch):
@@ -48,7 +63,81 @@ def test_auto_records_where_blocks_are_compiled(monkeypatch):
 def test_on_is_refused_with_every_reason(tmp_path):
     run = launch(tmp_path, "--cuda_graph", "on", "--device", "cpu", "--grad_accum", "2")
     assert run.returncode == 2
-    assert "nothing on a CPU" in run.console and "--grad_accum 1" in run.console
+    assert "nothing on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
+
+
+class Recorded:
+    """In place of a StepGraph, which only a GPU has."""
+
+    peak_bytes = 7
+
+    def __init__(self, forward, backward, tokens) -> None:
+        self.forwards, self.backwards = [], 0
+        backward(forward(tokens))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.forwards.append(tokens)
+        return tokens.sum()
+
+    def backward(self) -> None:
+        self.backwards += 1
+
+
+class Chunk:
+    l2_norm: torch.Tensor | None = None
+
+
+@pytest.fixture
+def graphed(monkeypatch) -> Any:
+    """Tells its model's calls; the backward pass leaves a chunk's norm."""
+    monkeypatch.setattr(boosted, "StepGraph", Recorded)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 1)
+    chunk = Chunk()
+    calls: list[str] = []
+
+    def model(input_ids, **_):
+        calls.append("forward")
+        return SimpleNamespace(loss=input_ids.sum())
+
+    def backward(_loss, _optimizer):
+        calls.append("backward")
+        chunk.l2_norm = torch.ones(())
+
+    booster, optimizer = SimpleNamespace(backward=backward), SimpleNamespace(chunk16_set=[chunk])
+    trainable: Any = boosted.GraphedTrainable(booster, model, optimizer, None, False)  # pyright: ignore
+    trainable.calls, trainable.chunk = calls, chunk
+    return trainable
+
+
+def test_the_first_steps_are_launched_the_others_replayed(graphed, monkeypatch):
+    monkeypatch.setattr(boosted, "has_room", lambda step_bytes: step_bytes == 2)
+    for step in range(EAGER_STEPS + 3):
+        graphed.chunk.l2_norm = None  # the optimizer has used it
+        graphed.backward(graphed.forward(torch.full((2,), step)))
+        assert graphed.chunk.l2_norm is not None
+    assert graphed.calls == ["forward", "backward"] * (EAGER_STEPS + 1)  # once more to record
+    assert [int(tokens[0]) for tokens in graphed._graph.forwards] == [EAGER_STEPS, EAGER_STEPS + 1, EAGER_STEPS + 2]
+    assert graphed._graph.backwards == 3 and graphed.replayed_bytes == 7
+    with torch.no_grad():
+        graphed.forward(torch.zeros(2))
+    assert graphed.calls[-1] == "forward" and len(graphed._graph.forwards) == 3
+
+
+def test_without_room_every_step_is_launched(graphed, monkeypatch, capsys):
+    monkeypatch.setattr(boosted, "has_room", lambda _: False)
+    for _ in range(EAGER_STEPS + 2):
+        graphed.backward(graphed.forward(torch.zeros(2)))
+    assert graphed.calls == ["forward", "backward"] * (EAGER_STEPS + 2) and graphed.replayed_bytes == 0
+    assert capsys.readouterr().err.count("too little device memory") == 1
+
+
+def test_room_is_what_is_free_or_cached(monkeypatch):
+    gib = 1 << 30
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2 * gib, 80 * gib))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 60 * gib)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 20 * gib)
+    assert has_room(37 * gib) and not has_room(39 * gib)
 
 
 STEPS = ("--model_type", "gpt2_tiny", "--batch_size", "8", "--seq_len", "128", "--train_step", "8", "--lr", "1e-3")
@@ -57,7 +146,12 @@ STEPS = ("--model_type", "gpt2_tiny", "--batch_size", "8", "--seq_len", "128", "
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "flags",
-    ["", "--clip_grad_norm 0.5", "--activation_checkpointing on --compile off"],
+    [
+        "--clip_grad_norm 0.5",
+        "--activation_checkpointing on --compile off",
+        "--precision fp8 --lr_schedule cosine",
+        "--shard_param_frac 0.5 --trace_step 5",
+    ],
 )
 def test_a_replayed_step_is_the_step(tmp_path, flags):
     runs = {}
@@ -77,14 +171,23 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
     assert losses[-1] < losses[0]
 
 
+UNRECORDABLE = """
+import torch
+from commons.step_graph import StepGraph
+
+weight = torch.ones(4, device="cuda", requires_grad=True)
+
+def forward(tokens):
+    loss = (weight * tokens).sum()
+    loss.item()  # waits for what is only recorded
+    return loss
+
+StepGraph(forward, torch.Tensor.backward, torch.arange(4, device="cuda"))
+"""
+
+
 @pytest.mark.gpu
 def test_what_cannot_be_recorded_is_told_with_the_way_out():
-    weight = torch.ones(4, device="cuda", requires_grad=True)
-
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
-        loss = (weight * tokens).sum()
-        loss.item()  # waits for what is only recorded
-        return loss
-
-    with pytest.raises(RuntimeError, match=r"--cuda_graph off.*captur"):
-        StepGraph(forward, torch.Tensor.backward, lambda: None, torch.arange(4, device="cuda"))
+    returncode, console = run_processes([sys.executable, "-c", UNRECORDABLE])  # which is of no use afterwards
+    assert returncode == 1
+    assert re.search(r"could not be recorded \(.*captur.*\): use --cuda_graph off", console, re.DOTALL)

@@ -14,7 +14,7 @@ from commons.compiling import functions_for, run_as_functions, say, wants_compil
 from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
-from commons.step_graph import EAGER_STEPS, StepGraph, wants_graph
+from commons.step_graph import EAGER_STEPS, StepGraph, has_room, wants_graph
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
@@ -67,32 +67,44 @@ class BoostedTrainable:
 
 
 class GraphedTrainable(BoostedTrainable):
-    """The same with both passes recorded after the first steps; see commons.step_graph."""
+    """The same with both passes recorded after the first steps; see commons.step_graph.
+
+    A replayed backward pass is that of the last replayed forward pass, whatever loss it is called with.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._steps = 0
         self._graph: StepGraph | None = None
+        self._launches, self._step_bytes = False, 0
         self._norms: dict[Any, torch.Tensor | None] = {}
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self._steps += 1
-        if self._steps <= EAGER_STEPS:
+        if not torch.is_grad_enabled() or self._launches:
             return super().forward(tokens)
-        if self._graph is None:
-            self._graph = StepGraph(super().forward, super().backward, lambda: None, tokens)
-            self.replayed_bytes = self._graph.peak_bytes
-            say("forward and backward pass are recorded and replayed from here on (--cuda_graph)")
-            self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
-        return self._graph.forward(tokens)
+        self._steps += 1
+        if self._steps == EAGER_STEPS + 1:
+            self._record(tokens)
+        return super().forward(tokens) if self._graph is None else self._graph.forward(tokens)
 
     def backward(self, loss: torch.Tensor) -> None:
         if self._graph is None:
             super().backward(loss)
+            self._step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             return
         self._graph.backward()
         for chunk, norm in self._norms.items():
             chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
+
+    def _record(self, tokens: torch.Tensor) -> None:
+        if not has_room(self._step_bytes):
+            self._launches = True
+            say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
+            return
+        self._graph = StepGraph(super().forward, super().backward, tokens)
+        self.replayed_bytes = self._graph.peak_bytes
+        self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
+        say("forward and backward pass are recorded, and replayed from here on (--cuda_graph)")
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
