@@ -12,7 +12,6 @@ import resource
 import socket
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,21 +133,9 @@ def launch(device_type: str, timeout_seconds: float) -> Device:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
         name = torch.cuda.get_device_name(local_rank)
-        threading.Thread(target=_wake_gpu, args=(local_rank,)).start()
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **_meeting_place(timeout))
     return Device(device_type, name, dist.get_rank(), local_rank, dist.get_world_size())
-
-
-def _wake_gpu(local_rank: int) -> None:
-    """Have the driver make its context and cuBLAS load its kernels, which takes a second or two and no Python, while
-    the main thread imports.
-    """
-    import torch
-
-    with contextlib.suppress(RuntimeError):  # the run meets it again, and tells
-        some = torch.ones(16, 16, device=torch.device("cuda", local_rank))
-        torch.mm(some, some)
 
 
 def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:

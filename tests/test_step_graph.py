@@ -11,9 +11,11 @@ import pytest
 import torch
 from suite_runs import launch, run_processes
 
+from benchmarks import trace
 from commons.colossal import boosted
 from commons.config import TrainConfig
 from commons.step_graph import EAGER_STEPS, graph_problems, has_room, wants_graph
+from commons.tracing import TRACE_FILE
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
@@ -158,7 +160,8 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
     for choice in ("on", "off"):
         run = launch(tmp_path / choice, *STEPS, *flags.split(), "--cuda_graph", choice)
         assert run.returncode == 0, run.console[-3000:]
-        assert ("recorded and replayed" in run.console) == (choice == "on")
+        assert ("replayed from here on" in run.console) == (choice == "on")
+        assert "--trace_step" not in flags or trace.read_work(run.run_dir / TRACE_FILE)
         runs[choice] = run.records
     for replayed, launched in zip(runs["on"], runs["off"], strict=True):
         assert replayed["loss"] == pytest.approx(launched["loss"], rel=2e-4)
