@@ -171,7 +171,6 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
         assert -8 < replayed["device_memory_peak_mib"] - launched["device_memory_peak_mib"] < 100
     losses = [record["loss"] for record in runs["on"]]
     assert len(set(losses)) == len(losses)  # other batches and other weights every time
-    assert losses[-1] < losses[0]
 
 
 UNRECORDABLE = """
