@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from commons import feed_forward as suite
 from commons.compiling import functions_for
@@ -83,10 +84,24 @@ def test_the_same_as_written_out(backend, dtype):
         assert got.dtype == dtype and error(got, exact) < bound
 
 
+class Watched(TorchDispatchMode):
+    """Of which dtypes the operators' arguments are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gemini_gpt2":
+            self.dtypes |= {argument.dtype for argument in args}
+        return func(*args, **(kwargs or {}))
+
+
 def test_under_autocast_it_computes_narrow_and_gives_wide_gradients():
     arguments = operands(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), Watched() as watched:
         out, *gradients = outcome(feed_forward, arguments)
+    assert watched.dtypes == {torch.bfloat16}
     assert out.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in gradients)
     for got, exact in zip([out, *gradients], exact_outcome(arguments), strict=True):
         assert error(got, exact) < 1e-2

@@ -76,11 +76,11 @@ class GraphedTrainable(BoostedTrainable):
         super().__init__(*arguments)
         self._steps = 0
         self._graph: StepGraph | None = None
-        self._launches, self._step_bytes = False, 0
+        self._step_bytes = 0
         self._norms: dict[Any, torch.Tensor | None] = {}
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or self._launches:
+        if not torch.is_grad_enabled():
             return super().forward(tokens)
         self._steps += 1
         if self._steps == EAGER_STEPS + 1:
@@ -98,7 +98,6 @@ class GraphedTrainable(BoostedTrainable):
 
     def _record(self, tokens: torch.Tensor) -> None:
         if not has_room(self._step_bytes):
-            self._launches = True
             say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
             return
         self._graph = StepGraph(super().forward, super().backward, tokens)
