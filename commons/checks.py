@@ -600,7 +600,9 @@ def _machine(job: Job) -> Iterator[str]:
     if job.device_type != "cuda":
         return
     if job.gpu_count == 0:
-        yield f"--device cuda needs a GPU ({why_no_gpu()}): use --device cpu, or run {DOCTOR}"
+        cause, cure = why_no_gpu()
+        because = f" ({cause})" if cause else ""
+        yield f"--device cuda needs a GPU, and none is seen{because}: use --device cpu, or run {cure or DOCTOR}"
     elif job.local_world_size > job.gpu_count:
         yield (
             f"{job.local_world_size} ranks on this machine, but {_count(job.gpu_count, 'visible GPU')}:"
@@ -617,14 +619,14 @@ def _fewer_ranks(job: Job) -> str:
     return f"GPUNUM={number} (torchrun --nproc_per_node {number})"
 
 
-def why_no_gpu() -> str:
-    """The doctor's line, "no GPU seen: <cause>; try: <command>", or its beginning where it knows none."""
+def why_no_gpu() -> tuple[str, str]:
+    """The doctor's cause and the command that cures it, each empty where it knows none."""
     try:
         from commons.doctor import why_no_gpu as ask_the_doctor
 
-        return ask_the_doctor() or "no GPU seen"
+        return ask_the_doctor()
     except Exception:  # a diagnosis must never be what keeps a run from starting
-        return "no GPU seen"
+        return "", ""
 
 
 def _output(job: Job) -> Iterator[str]:

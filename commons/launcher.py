@@ -214,10 +214,10 @@ def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type
 def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
     """The command that cures it has a line of its own, to be copied as it is."""
     ranks = f"{nodes.world_size} CPU rank{'s' * (nodes.world_size > 1)}"
-    reason, _, cure = why_no_gpu().partition("; try: ")
+    cause, cure = why_no_gpu()
     end = f"; try:\n    {cure}\n" if cure else ". "
     return (
-        f"{reason[0].upper()}{reason[1:]}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
+        f"No GPU seen{cause and f': {cause}'}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
         " README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
     )
 

@@ -263,7 +263,7 @@ WRONG = [
     ({"initial_loss_scale": 1024.0}, "is read under --precision fp16 only: leave it out, or use --precision"),
     ({"attention": "flash", "dropout": 0.1}, "--attention flash has no dropout on a CPU"),
     ({"attention": "flash", "precision": "fp32", "device": "cuda", "gpu_count": 1}, "no fp32 on a GPU"),
-    ({"device": "cuda"}, "--device cuda needs a GPU (no GPU seen"),
+    ({"device": "cuda"}, "--device cuda needs a GPU, and none is seen ("),
     (
         {"device": "cuda", "gpu_count": 1, "world_size": 2},
         "2 ranks on this machine, but 1 visible GPU: use GPUNUM=1",

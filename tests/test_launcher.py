@@ -462,8 +462,7 @@ def test_every_variable_is_in_the_help(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("command", ["", "LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"])
 def test_the_cure_of_no_gpu_is_a_line_to_copy(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    reason = "no GPU seen: a Linux driver hides the one from Windows" + (f"; try: {command}" if command else "")
-    monkeypatch.setattr(launcher, "why_no_gpu", lambda: reason)
+    monkeypatch.setattr(launcher, "why_no_gpu", lambda: ("a Linux driver hides the one from Windows", command))
     notice = launcher._no_gpu_notice(TrainConfig(model_type="gpt2_tiny"), Nodes(2))
     first, *cure, last = notice.splitlines() if command else notice.partition(". ")[::2]
     assert first.startswith("No GPU seen: a Linux driver hides the one from Windows")

@@ -164,14 +164,13 @@ def hides_gpu(finding: Finding) -> bool:
     return is_cause or finding.id == "driver.no-gpu"
 
 
-def why_no_gpu(machine: Machine | None = None) -> str:
-    """One line, "no GPU seen: <cause>; try: <command>"; an empty string where torch should see one."""
+def why_no_gpu(machine: Machine | None = None) -> tuple[str, str]:
+    """Why torch sees no GPU, and the command that cures it; either is empty where there is none."""
     found = explain_no_gpu(machine)
     hides = [each for each in found if hides_gpu(each)]
     if not hides:
-        return ""
+        return "", ""
     first = hides[0]
     if first.id == "driver.no-gpu":
-        return f"no GPU seen: {first.title}"
-    command = first.cure.splitlines()[0].split("   #")[0]
-    return f"no GPU seen: {first.title}; try: {command}"
+        return first.title, ""
+    return first.title, first.cure.splitlines()[0].split("   #")[0]
