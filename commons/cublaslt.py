@@ -133,7 +133,7 @@ class Product:
         device: int,
     ) -> None:
         kind = DATA_TYPES[dtype]
-        self._device, self._handle = device, _handle(device)
+        self._handle = _handle(device)
         self._product = _created("cublasLtMatmulDescCreate", c_int(COMPUTE_32F), c_int(DATA_TYPES[torch.float32]))
         self._set(_Attribute.TRANS_A, c_int(TRANSPOSED if right_is_transposed else 0))
         self._set(_Attribute.EPILOGUE, c_uint32(epilogue))

@@ -41,24 +41,17 @@ def fits(rows: int, width: int, dtype: torch.dtype) -> bool:
     return all(_prepared(*layer, *product, *where) is not None for product in products)
 
 
-def feed_forward(
-    hidden: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor,
-) -> torch.Tensor:
+def feed_forward(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """``gelu(hidden @ up_weight + up_bias) @ down_weight + down_bias`` with GELU's tanh form.
 
     Args:
         hidden: [..., width].
-        up_weight: [width, inner]. up_bias: [inner].
-        down_weight: [inner, width]. down_bias: [width].
+        parameters: up_weight [width, inner], up_bias [inner], down_weight [inner, width], down_bias [width].
 
     Returns:
         [..., width] in the dtype of all arguments, or under autocast in its.
     """
-    arguments = hidden.flatten(0, -2), up_weight, up_bias, down_weight, down_bias
+    arguments = hidden.flatten(0, -2), *parameters
     if torch.is_autocast_enabled(hidden.device.type):
         # it knows torch's own products, and would leave these in fp32
         dtype = torch.get_autocast_dtype(hidden.device.type)

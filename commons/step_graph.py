@@ -35,7 +35,7 @@ def graph_problems(config: TrainConfig, device_type: str, world_size: int) -> It
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
         (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
         (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
-        (world_size > config.tp_degree, "on several data-parallel ranks"),
+        (config.data_parallel_size(world_size) > 1, "on several data-parallel ranks"),
         (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
         (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
         (config.precision == "fp16", "in fp16, which looks for infinities"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from commons.cublaslt import ALIGNED_BYTES, alignment
 from commons.feed_forward import feed_forward
 from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
 from commons.recompute import MODES
-from model_zoo import MODEL_SIZES
+from model_zoo import MODEL_SIZES, build_model
 
 ROWS, WIDTH = 24, 16
 gpu = pytest.mark.gpu
@@ -107,30 +108,19 @@ def test_under_autocast_it_computes_narrow_and_gives_wide_gradients():
         assert error(got, exact) < 1e-2
 
 
-def _as_it_is(function: Callable) -> Callable:
-    return function
-
-
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_block_is_the_same_with_it(backend, recompute):
     shape = MODEL_SIZES["gpt2_tiny"]
-    transform = (
-        functools.partial(torch.compile, backend=backend, fullgraph=True) if backend else lambda function: function
-    )
+    options: Any = {"transform": functools.partial(torch.compile, backend=backend, fullgraph=True)} if backend else {}
     plain, fused = (
-        gpt2_functions(shape, recompute=recompute, fused_gelu=fused, transform=transform).block
-        for fused in (False, True)
+        gpt2_functions(shape, recompute=recompute, fused_gelu=fused, **options).block for fused in (False, True)
     )
     torch.manual_seed(0)
-    sizes = {"weight": {"c_attn": 3, "c_fc": 4}, "bias": {"c_attn": 3, "c_fc": 4}}
-    parameters = []
-    for name in BLOCK_PARAMETERS:
-        _, module, kind = ("." + name).rsplit(".", 2)
-        out = shape.hidden * sizes[kind].get(module, 1)
-        inner = shape.hidden * (4 if name.startswith("mlp.c_proj") else 1)
-        matrix = kind == "weight" and not module.startswith("ln")
-        parameters.append((torch.randn(inner, out) * 0.05 if matrix else torch.randn(out)).requires_grad_())
+    block: Any = build_model(shape).transformer.h[0]  # pyright: ignore
+    parameters = [block.get_parameter(name) for name in BLOCK_PARAMETERS]
+    for parameter in parameters:  # biases too: new ones are zero
+        torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() == 2 else 1.0)
     hidden = torch.randn(2, 8, shape.hidden, requires_grad=True)
     for got, wanted in zip(outcome(fused, [hidden, *parameters]), outcome(plain, [hidden, *parameters]), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
