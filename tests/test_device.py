@@ -11,7 +11,7 @@ import torch
 from suite_runs import run_processes
 
 from commons.data import random_tokens
-from commons.device import Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
+from commons.device import MIB, Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
 
 HERE = Device("cpu", "a CPU", 0, 0, 1)
 
@@ -99,3 +99,13 @@ def test_host_backend_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_free_ports_are_free() -> None:
     assert len({free_port() for _ in range(5)}) > 1
+
+
+def test_the_peak_of_memory_counts_what_a_replayed_pass_uses(monkeypatch) -> None:
+    """On top of what is allocated, where that is more than the allocator has seen in the step."""
+    seen = {"memory_allocated": 10, "memory_reserved": 30, "max_memory_allocated": 12}
+    for name, mib in seen.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda mib=mib: mib * MIB)
+    gpu = Device("cuda", "a GPU", 0, 0, 1)
+    peaks = [memory_use(gpu, replayed * MIB).device_peak_mib for replayed in (0, 1, 5)]
+    assert peaks == [12, 12, 15]

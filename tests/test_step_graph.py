@@ -14,7 +14,7 @@ from suite_runs import launch, run_processes
 from benchmarks import trace
 from commons.colossal import boosted
 from commons.config import TrainConfig
-from commons.step_graph import EAGER_STEPS, graph_problems, has_room, wants_graph
+from commons.step_graph import EAGER_STEPS, StepGraph, graph_problems, has_room, wants_graph
 from commons.tracing import TRACE_FILE
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
@@ -140,6 +140,13 @@ def test_room_is_what_is_free_or_cached(monkeypatch):
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 60 * gib)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 20 * gib)
     assert has_room(37 * gib) and not has_room(39 * gib)
+
+
+def test_tokens_of_another_shape_are_refused():
+    graph = StepGraph.__new__(StepGraph)  # without a recording, which only a GPU has
+    graph._tokens = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"\(4, 8\), called with \(1, 8\)"):
+        graph.forward(torch.zeros(1, 8))
 
 
 STEPS = ("--model_type", "gpt2_tiny", "--batch_size", "8", "--seq_len", "128", "--train_step", "8", "--lr", "1e-3")

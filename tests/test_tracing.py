@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_no_path_no_trace(tmp_path: Path) -> None:
     with traced(None, "cpu"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cuda, spared", [("12.4", True), ("12.6", False), ("13.0", False), (None, False)])
+def test_older_profilers_are_kept_from_what_crashes_graphs(tmp_path, monkeypatch, cuda, spared) -> None:
+    for name in ("DISABLE_CUPTI_LAZY_REINIT", "TEARDOWN_CUPTI"):
+        monkeypatch.setenv(name, "unset")  # put back afterwards
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    with traced(tmp_path / TRACE_FILE, "cpu"):
+        pass
+    found = os.environ["DISABLE_CUPTI_LAZY_REINIT"], os.environ["TEARDOWN_CUPTI"]
+    assert found == (("1", "0") if spared else ("unset", "unset"))
 
 
 @pytest.fixture
