@@ -376,7 +376,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             dist.barrier()  # nobody takes its process groups down while another one still uses them
             worker.session = None
             _forget()
-    device.teardown()
+    device.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 def _forget() -> None:
