@@ -45,13 +45,18 @@ def _plans(devices: int) -> list[Case]:
 
 
 def _overlap(devices: int) -> list[Case]:
-    """Gemini, with chunks gathered ahead or not, against FSDP2, on all devices: gpt2_medium and gpt2_xl."""
-    gemini = [(f"CAI_Gemini, prefetch {n}", ("--distplan", "CAI_Gemini", "--max_prefetch", str(n))) for n in (0, 2)]
-    plans = [*gemini, ("Pytorch_FSDP", ("--distplan", "Pytorch_FSDP"))]
+    """Gemini on one device and all, chunks gathered ahead, not, or kept, and FSDP2: gpt2_medium and gpt2_xl."""
+    cases = {
+        "CAI_Gemini": ("--distplan CAI_Gemini", 1),
+        "CAI_Gemini, prefetch 2": ("--distplan CAI_Gemini --max_prefetch 2", devices),
+        "Pytorch_FSDP": ("--distplan Pytorch_FSDP", devices),
+        "CAI_Gemini, prefetch 0": ("--distplan CAI_Gemini --max_prefetch 0", devices),
+        "CAI_Gemini, kept gathered": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices),
+    }
     return [
-        Case(f"{name}, {size} × {devices}", (*flags, "--model_type", size), devices)
+        Case(f"{name}, {size} × {ranks}", tuple(f"{flags} --model_type {size}".split()), ranks)
         for size in ("gpt2_medium", "gpt2_xl")
-        for name, flags in plans
+        for name, (flags, ranks) in cases.items()
     ]
 
 

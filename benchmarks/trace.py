@@ -21,7 +21,7 @@ KINDS = (
     ("copies between host and device", r"Memcpy (HtoD|DtoH|PtoP)"),
     ("attention", r"fmha|flash|sdpa|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),
-    ("compiled pointwise work, norms, loss and Adam", r"^triton"),
+    ("compiled pointwise work, norms, loss and Adam", r"^triton|^_\w+_gradient$"),
     ("other copies and fills", r"[Cc]opy|Memset|[Ff]ill|CatArray|zero"),
     ("other", r""),
 )

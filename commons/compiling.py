@@ -63,6 +63,7 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
     if wants_compile(config, device_type):
         keep_cache()
         options["fused_gelu"] = device_type == "cuda" and _gelu_fits(config)
+        options["kernels"] = device_type == "cuda" and _kernels_fit()
         options["transform"] = lambda function: CompiledFunction(function, backend)
     return gpt2_functions(
         config.shape(),
@@ -85,6 +86,12 @@ def _gelu_fits(config: TrainConfig) -> bool:
         return False
     rows = config.batch_size * config.seq_len  # pyright: ignore
     return fits(rows, config.shape().hidden, compute_dtype(config.base_precision))
+
+
+def _kernels_fit() -> bool:
+    from commons import gpu_kernels  # has Triton in it, which a CPU build of torch comes without
+
+    return gpu_kernels.fits()
 
 
 def keep_cache() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import statistics
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from enum import IntEnum
 from typing import Any
@@ -24,9 +25,19 @@ COMPUTE_32F = 68  # cublasComputeType_t: products are summed up in fp32
 TRANSPOSED = 1  # cublasOperation_t
 
 
+# Kernels of the library's choice that are timed. Its first is not always its fastest: GELU's derivative with a product
+# of gpt2_xl's shape took 0.617 ms with the first of eight and 0.553 with the seventh (H100, 2026-11-26).
+CHOICES = 8
+REPEATS = 5
+# What another kernel's time has to be below, of the first one's: timed alone, one that was 2 % faster was 8 % slower
+# in a step, where power and caches are shared.
+GAIN = 0.95
+
+
 class Epilogue(IntEnum):
     """What is done to a product, cublasLtEpilogue_t. GELU is the library's, in its tanh form."""
 
+    BIAS = 4  # a bias is added; here another matrix too, which the library takes with every epilogue
     GELU_AUX_BIAS = 164  # a bias is added, the sum is written to the side, and its GELU is the result
     DGELU = 192  # multiplied by GELU's derivative at what is read from the side
 
@@ -113,6 +124,7 @@ class Product:
     Args:
         rows, inner, out: ``left`` is [rows, inner], the result [rows, out].
         right_is_transposed: ``right`` is [out, inner] instead of [inner, out].
+        epilogue: what is done to the product.
         dtype: of all matrices and of the bias.
         aligned: a power of two that divides the addresses of all of them.
         device: index of the GPU.
@@ -133,14 +145,15 @@ class Product:
         device: int,
     ) -> None:
         kind = DATA_TYPES[dtype]
-        self._handle = _handle(device)
+        self._handle, self._epilogue = _handle(device), epilogue
         self._product = _created("cublasLtMatmulDescCreate", c_int(COMPUTE_32F), c_int(DATA_TYPES[torch.float32]))
         self._set(_Attribute.TRANS_A, c_int(TRANSPOSED if right_is_transposed else 0))
         self._set(_Attribute.EPILOGUE, c_uint32(epilogue))
-        self._set(_Attribute.EPILOGUE_AUX_LD, c_int64(out))
         # the choice of a kernel looks at how these are aligned
-        self._set(_Attribute.EPILOGUE_AUX_POINTER, c_void_p(aligned))
-        if epilogue is Epilogue.GELU_AUX_BIAS:
+        if epilogue is not Epilogue.BIAS:
+            self._set(_Attribute.EPILOGUE_AUX_LD, c_int64(out))
+            self._set(_Attribute.EPILOGUE_AUX_POINTER, c_void_p(aligned))
+        if epilogue is not Epilogue.DGELU:
             self._set(_Attribute.BIAS_POINTER, c_void_p(aligned))
 
         def columns(height: int, width: int) -> c_void_p:
@@ -150,14 +163,21 @@ class Product:
 
         self._right = columns(inner, out) if right_is_transposed else columns(out, inner)
         self._left, self._out = columns(inner, rows), columns(out, rows)
-        self._choice = self._choose(aligned)
-        self._one, self._zero = c_float(1), c_float(0)
+        self._choices = self._found(aligned)
+        self._choice = self._choices[0]
+        self._one = c_float(1)
+        self._shape, self._transposed, self._dtype, self._device = (
+            (rows, inner, out),
+            right_is_transposed,
+            dtype,
+            device,
+        )
 
     def _set(self, attribute: _Attribute, value: Any) -> None:
         _call("cublasLtMatmulDescSetAttribute", self._product, c_int(attribute), byref(value), c_size_t(sizeof(value)))
 
-    def _choose(self, aligned: int) -> _Choice:
-        """The kernel that the library thinks best. The same on every rank: nothing is timed."""
+    def _found(self, aligned: int) -> list[_Choice]:
+        """Kernels for the product, the one first that the library thinks best."""
         wishes = {
             _Preference.MAX_WORKSPACE_BYTES: c_uint64(WORKSPACE_BYTES),
             **dict.fromkeys(list(_Preference)[1:], c_uint32(aligned)),
@@ -171,7 +191,7 @@ class Product:
                 byref(value),
                 c_size_t(sizeof(value)),
             )
-        choice, found = _Choice(), c_int()
+        choices, found = (_Choice * CHOICES)(), c_int()
         matrices = self._right, self._left, self._out, self._out
         try:
             _call(
@@ -180,15 +200,44 @@ class Product:
                 self._product,
                 *matrices,
                 preference,
-                c_int(1),
-                byref(choice),
+                c_int(CHOICES),
+                choices,
                 byref(found),
             )
         finally:
             _call("cublasLtMatmulPreferenceDestroy", preference)
-        if not found.value or choice.status:
-            raise CublasLtError(f"cuBLASLt has no kernel for this product (status {choice.status})")
-        return choice
+        good = [choice for choice in choices[: found.value] if not choice.status]
+        if not good:
+            raise CublasLtError("cuBLASLt has no kernel for this product")
+        return good
+
+    def tune(self) -> None:
+        """Time the library's kernels on random matrices and keep the fastest. Waits for the device, and takes memory
+        for the matrices meanwhile; without it the first kernel stays.
+        """
+        rows, inner, out = self._shape
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=self._dtype, device=torch.device("cuda", self._device))
+
+        try:
+            left, right = random(rows, inner), random(*((out, inner) if self._transposed else (inner, out)))
+            result, aside, bias = random(rows, out), random(rows, out), random(out)
+        except torch.cuda.OutOfMemoryError:
+            return
+        times: list[list[float]] = [[] for _ in self._choices]
+        for _ in range(REPEATS + 1):
+            for choice, taken in zip(self._choices, times, strict=True):
+                self._choice = choice
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                self(left, right, result, aside, bias)
+                end.record()
+                end.synchronize()
+                taken.append(begin.elapsed_time(end))
+        medians = [statistics.median(taken[1:]) for taken in times]
+        best = min(range(len(medians)), key=medians.__getitem__)
+        self._choice = self._choices[best if medians[best] < GAIN * medians[0] else 0]
 
     def __call__(
         self,
@@ -204,14 +253,17 @@ class Product:
             left: [rows, inner].
             right: [inner, out], or [out, inner] where it is transposed.
             out: [rows, out].
-            aside: [rows, out], what the epilogue writes or reads beside it.
+            aside: [rows, out], what the epilogue writes or reads beside the product; for BIAS it is added to it.
             bias: [out].
 
         Raises:
             CublasLtError: the product cannot be started.
         """
-        self._set(_Attribute.EPILOGUE_AUX_POINTER, c_void_p(aside.data_ptr()))
-        if bias is not None:
+        adds = self._epilogue is Epilogue.BIAS
+        if not adds:
+            self._set(_Attribute.EPILOGUE_AUX_POINTER, c_void_p(aside.data_ptr()))
+        if self._epilogue is not Epilogue.DGELU:
+            assert bias is not None
             self._set(_Attribute.BIAS_POINTER, c_void_p(bias.data_ptr()))
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=left.device)
         target = c_void_p(out.data_ptr())
@@ -224,8 +276,8 @@ class Product:
             self._right,
             c_void_p(left.data_ptr()),
             self._left,
-            byref(self._zero),
-            target,
+            byref(self._one if adds else c_float(0)),
+            c_void_p(aside.data_ptr()) if adds else target,
             self._out,
             target,
             self._out,

@@ -56,6 +56,15 @@ def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, vocab: int) ->
     return torch.where(predicted, losses, 0.0).sum(), gradient.to(logits.dtype)
 
 
+def softmax_gradient_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one kernel of a GPU; the gradient takes the place of the logits."""
+    from commons.gpu_kernels import softmax_gradient_
+
+    return softmax_gradient_(logits, targets, vocab, ignored=IGNORED_LABEL, factor=HEADROOM).sum(), logits
+
+
 def piece_tokens(tokens: int, padded_vocab: int) -> int:
     """Tokens a piece: equal pieces, but for the last, of at most ``PIECE_ELEMENTS`` logits each."""
     pieces = -(-tokens * padded_vocab // PIECE_ELEMENTS)
@@ -139,7 +148,7 @@ def next_token_loss(
         weight: [padded vocabulary, width], the tied embedding.
         tokens: int64 [batch, sequence]; -100 is not predicted.
         vocab: rows of ``weight`` that are token ids; the gradient of the others is exactly zero.
-        kernel: :func:`softmax_gradient`, or that compiled.
+        kernel: :func:`softmax_gradient`, or that compiled, or :func:`softmax_gradient_kernel`.
 
     Returns:
         An fp32 scalar; the mean over all predicted positions of the batch.

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from commons.fp8 import fp8_linear
-from commons.fused_loss import next_token_loss, softmax_gradient
+from commons.fused_loss import next_token_loss, softmax_gradient, softmax_gradient_kernel
 from commons.recompute import checkpoint_arguments
 from model_zoo import ModelShape
 
@@ -87,6 +87,7 @@ def gpt2_functions(
     recompute: str = "off",
     fp8: bool = False,
     fused_gelu: bool = False,
+    kernels: bool = False,
     transform: Callable[[Callable], Callable] = _unchanged,
 ) -> GPT2Functions:
     """The functions of one model size, in training mode.
@@ -97,22 +98,42 @@ def gpt2_functions(
         recompute: what a block computes again on the way back: "off", "selective" or "on", see commons.recompute.
         fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
         fused_gelu: apply GELU inside of matrix products, see commons.feed_forward; not with fp8.
+        kernels: take the loss and the gradients of norms from commons.gpu_kernels.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
     heads, vocab = shape.heads, shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
     linear = fp8_linear if fp8 else _linear
-    feed: Callable = partial(_feed_forward, linear=linear)
+    feed: Callable = partial(_feed_forward, dropout=dropout, linear=linear)
     if fused_gelu:
-        from commons.feed_forward import feed_forward as feed  # registers operators
+        from commons.feed_forward import feed_forward  # registers operators
+
+        feed = partial(feed_forward, dropout=dropout)
 
     def embed(tokens: torch.Tensor, token_table: torch.Tensor, position_table: torch.Tensor) -> torch.Tensor:
         hidden = functional.embedding(tokens, token_table) + position_table[: tokens.shape[1]]
         return functional.dropout(hidden, dropout) if dropout else hidden
 
+    norm: Callable = _norm_and_residual
+    if kernels:
+        from commons.layer_norm import norm_and_residual  # registers an operator
+
+        norm = partial(norm_and_residual, eps=LAYER_NORM_EPS)
+
     def block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return _block(hidden, *parameters, heads=heads, dropout=dropout, attend=attend, linear=linear, feed=feed)
+        return _block(
+            hidden,
+            *parameters,
+            heads=heads,
+            dropout=dropout,
+            attend=attend,
+            linear=linear,
+            feed=feed,
+            norm=norm,
+            # dropout is between these biases and the residual
+            bias_gradients_in_norm=kernels and not dropout,
+        )
 
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
@@ -120,7 +141,7 @@ def gpt2_functions(
         return checkpoint(block, hidden, *parameters, preserve_rng_state=dropout > 0, **checkpointing)
 
     checkpointing = checkpoint_arguments(recompute)
-    kernel = transform(softmax_gradient)
+    kernel = softmax_gradient_kernel if kernels else transform(softmax_gradient)
 
     def loss(
         hidden: torch.Tensor,
@@ -136,6 +157,12 @@ def gpt2_functions(
 
 def _layer_norm(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return functional.layer_norm(hidden, weight.shape, weight, bias, LAYER_NORM_EPS)
+
+
+def _norm_and_residual(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _layer_norm(hidden, weight, bias), hidden
 
 
 def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -163,16 +190,23 @@ def _block(
     attend: Callable,
     linear: Callable,
     feed: Callable,
+    norm: Callable,
+    bias_gradients_in_norm: bool,
 ) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
-    qkv = linear(_layer_norm(hidden, norm_1_weight, norm_1_bias), qkv_weight, qkv_bias)
+    normed, hidden = norm(hidden, norm_1_weight, norm_1_bias)
+    qkv = linear(normed, qkv_weight, qkv_bias)
     # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side
     # by side as they lie
     query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
     attended = attend(query, key, value, dropout).transpose(1, 2).flatten(2)
+    biases = ()
+    if bias_gradients_in_norm:
+        biases = attention_out_bias, down_bias
+        attention_out_bias, down_bias = (bias.detach() for bias in biases)
     hidden = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout) + hidden
-    fed = feed(_layer_norm(hidden, norm_2_weight, norm_2_bias), up_weight, up_bias, down_weight, down_bias)
-    return hidden + _dropped(fed, dropout)
+    normed, hidden = norm(hidden, norm_2_weight, norm_2_bias, *biases)
+    return feed(normed, up_weight, up_bias, down_weight, down_bias, hidden)
 
 
 def _feed_forward(
@@ -181,11 +215,13 @@ def _feed_forward(
     up_bias: torch.Tensor,
     down_weight: torch.Tensor,
     down_bias: torch.Tensor,
+    residual: torch.Tensor,
     *,
+    dropout: float,
     linear: Callable,
 ) -> torch.Tensor:
     inner = functional.gelu(linear(hidden, up_weight, up_bias), approximate="tanh")
-    return linear(inner, down_weight, down_bias)
+    return residual + _dropped(linear(inner, down_weight, down_bias), dropout)
 
 
 def _dropped(hidden: torch.Tensor, dropout: float) -> torch.Tensor:

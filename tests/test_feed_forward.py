@@ -1,4 +1,6 @@
-"""The feed-forward layer whose GELU is part of its matrix products: the same arithmetic, wherever it runs."""
+"""The feed-forward layer whose GELU and residual are part of its matrix products: the same arithmetic, wherever it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,19 @@ gpu = pytest.mark.gpu
 
 
 def operands(dtype: torch.dtype, device: str = "cpu", rows: int = ROWS, width: int = WIDTH) -> list[torch.Tensor]:
-    """Hidden states, both weights and biases, such that no part of the result is small beside another."""
+    """Hidden states, both weights and biases, and a residual; no part of the result is small beside another."""
     generator = torch.Generator(device).manual_seed(0)
-    shapes = (2, rows // 2, width), (width, 4 * width), (4 * width,), (4 * width, width), (width,)
-    factors = 1, width**-0.5, 1, width**-0.5, 1
+    states = 2, rows // 2, width
+    shapes = states, (width, 4 * width), (4 * width,), (4 * width, width), (width,), states
+    factors = 1, width**-0.5, 1, width**-0.5, 1, 1
     return [
         (torch.randn(shape, generator=generator, device=device) * factor).to(dtype).requires_grad_()
         for shape, factor in zip(shapes, factors, strict=True)
     ]
 
 
-def written_out(hidden, up_weight, up_bias, down_weight, down_bias):
-    return functional.gelu(hidden @ up_weight + up_bias, approximate="tanh") @ down_weight + down_bias
+def written_out(hidden, up_weight, up_bias, down_weight, down_bias, residual):
+    return residual + functional.gelu(hidden @ up_weight + up_bias, approximate="tanh") @ down_weight + down_bias
 
 
 def outcome(function: Callable, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -65,7 +68,11 @@ def test_operators_are_what_they_declare():
         hidden, weight, bias, *_ = operands(torch.float32)
         hidden = hidden.flatten(0, -2)
         result, before = torch.ops.gemini_gpt2.linear_gelu(hidden, weight, bias)
+        residual = torch.randn(len(hidden), 4 * WIDTH)
         checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(
+            torch.ops.gemini_gpt2.linear_residual.default, (hidden, weight, bias, residual), test_utils=checks
+        )
         torch.library.opcheck(torch.ops.gemini_gpt2.linear_gelu.default, (hidden, weight, bias), test_utils=checks)
         slope = torch.randn(len(hidden), WIDTH)
         down = torch.randn(4 * WIDTH, WIDTH)
@@ -86,26 +93,44 @@ def test_the_same_as_written_out(backend, dtype):
 
 
 class Watched(TorchDispatchMode):
-    """Of which dtypes the operators' arguments are."""
+    """Which operators run, and of which dtypes their arguments are."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "gemini_gpt2":
+            self.names.add(func._schema.name.partition("::")[2])
             self.dtypes |= {argument.dtype for argument in args}
         return func(*args, **(kwargs or {}))
 
 
-def test_under_autocast_it_computes_narrow_and_gives_wide_gradients():
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_computes_narrow_and_gives_wide_gradients(residual_dtype):
+    """The residual stays what it is: where it is wide, so is the sum."""
     arguments = operands(torch.float32)
+    arguments[-1] = arguments[-1].detach().to(residual_dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16), Watched() as watched:
         out, *gradients = outcome(feed_forward, arguments)
     assert watched.dtypes == {torch.bfloat16}
-    assert out.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert ("linear_residual" in watched.names) == (residual_dtype == torch.bfloat16)
+    assert out.dtype == residual_dtype
+    assert [gradient.dtype for gradient in gradients] == [argument.dtype for argument in arguments]
     for got, exact in zip([out, *gradients], exact_outcome(arguments), strict=True):
         assert error(got, exact) < 1e-2
+
+
+def test_dropout_spares_the_residual():
+    arguments = operands(torch.float32)
+    with Watched() as watched:
+        out = feed_forward(*arguments, dropout=0.5)
+    kept = (out - arguments[-1]).detach()
+    assert "linear_residual" not in watched.names
+    assert 0.3 < (kept == 0).float().mean() < 0.7
+    fed = written_out(*arguments) - arguments[-1]
+    torch.testing.assert_close(kept[kept != 0], 2 * fed[kept != 0])
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -132,9 +157,11 @@ def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
     asked = []
     monkeypatch.setattr("commons.gpt2_functions.gpt2_functions", lambda _, **options: asked.append(options))
 
-    def has(device_type: str = "cuda", **settings) -> bool:
+    monkeypatch.setattr("commons.compiling._kernels_fit", lambda: True)
+
+    def has(device_type: str = "cuda", option: str = "fused_gelu", **settings) -> bool:
         functions_for(TrainConfig(model_type="gpt2_tiny", batch_size=2, seq_len=8, **settings), device_type)
-        return asked[-1].get("fused_gelu", False)
+        return asked[-1].get(option, False)
 
     prepared = []
     monkeypatch.setattr(suite, "_prepared", lambda *wanted: prepared.append(wanted) or kernel)
@@ -149,6 +176,13 @@ def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
     assert not has("cpu") and not has(compile="off") and not has(precision="fp32") and not has(precision="fp8")
     assert not has(activation_checkpointing="selective")
     assert not has(hidden_size=36, num_heads=4)  # no multiple of 8
+    assert (
+        has(option="kernels", precision="fp8")
+        and not has("cpu", "kernels")
+        and not has(option="kernels", compile="off")
+    )
+    monkeypatch.setattr("commons.compiling._kernels_fit", lambda: False)
+    assert has() and not has(option="kernels")
 
 
 def test_alignment_is_what_all_addresses_share():
@@ -198,4 +232,4 @@ def test_on_a_gpu_what_the_library_cannot_do_is_done_by_torch(monkeypatch):
     arguments = operands(torch.bfloat16, "cuda", 32, 24)  # a size of its own: what was prepared is kept
     for got, exact in zip(outcome(feed_forward, arguments), exact_outcome(arguments), strict=True):
         assert error(got, exact) < 1e-2
-    assert len(said) == 2 and all("GELU runs as a pass of its own" in line for line in said)
+    assert len(said) == 3 and all("passes of their own" in line for line in said)

@@ -49,16 +49,18 @@ class AllocationTracker(TorchDispatchMode):
         self.live_bytes -= size
 
 
-def inputs(dtype: torch.dtype, batch: int = 4, sequence: int = 96) -> tuple[torch.Tensor, ...]:
+def inputs(
+    dtype: torch.dtype, batch: int = 4, sequence: int = 96, padded: int = PADDED, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(batch, sequence, WIDTH, generator=generator).to(dtype).requires_grad_()
-    weight = (0.1 * torch.randn(PADDED, WIDTH, generator=generator)).to(dtype).requires_grad_()
-    tokens = torch.randint(VOCAB, (batch, sequence), generator=generator)
+    hidden = torch.randn(batch, sequence, WIDTH, generator=generator).to(device, dtype).requires_grad_()
+    weight = (0.1 * torch.randn(padded, WIDTH, generator=generator)).to(device, dtype).requires_grad_()
+    tokens = torch.randint(min(padded, VOCAB), (batch, sequence), generator=generator).to(device)
     return hidden, weight, tokens
 
 
-def written_out(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return model_zoo.next_token_loss(functional.linear(hidden, weight), tokens, vocab=VOCAB)
+def written_out(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, vocab: int = VOCAB) -> torch.Tensor:
+    return model_zoo.next_token_loss(functional.linear(hidden, weight), tokens, vocab=vocab)
 
 
 def assert_near(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
@@ -150,3 +152,38 @@ def test_pieces_are_bounded_and_cover_the_batch(tokens):
     assert 0 < size <= tokens
     assert size * 50304 <= fused_loss.PIECE_ELEMENTS + fused_loss.PIECE_TOKENS_MULTIPLE * 50304
     assert size == tokens or size % fused_loss.PIECE_TOKENS_MULTIPLE == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab, padded", [(VOCAB, PADDED), (50257, 50304), (40000, 50304), (61, 61)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_on_a_gpu_one_kernel_does_it_in_the_logits_place(monkeypatch, dtype, vocab, padded):
+    hidden, weight, tokens = inputs(dtype, padded=padded, device="cuda")
+    tokens = torch.where(tokens < vocab, tokens, 0)
+    tokens[1, 10:20] = model_zoo.IGNORED_LABEL
+    monkeypatch.setattr(fused_loss, "PIECE_ELEMENTS", tokens.numel() * padded // 3)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    exact = written_out(*wide, tokens, vocab)  # pyright: ignore
+    wanted = torch.autograd.grad(exact, wide)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = fused_loss.next_token_loss(hidden, weight, tokens, vocab, fused_loss.softmax_gradient_kernel)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=3e-4)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert ours.dtype == dtype
+        assert_near(ours, theirs, TOLERANCES[dtype])
+    if padded > PADDED:  # one piece of logits and the weight's gradient in fp32, and not two pieces
+        piece = fused_loss.piece_tokens(tokens.numel(), padded) * padded * dtype.itemsize
+        assert peak < 1.5 * piece + 4 * weight.numel() + (1 << 20)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_infinite_logit_spoils_its_own_row_alone():
+    from commons.gpu_kernels import softmax_gradient_
+
+    logits = torch.zeros(3, 100, device="cuda")
+    logits[1, 7] = float("inf")
+    losses = softmax_gradient_(logits, torch.tensor([1, 2, 3], device="cuda"), 90, ignored=-100, factor=1.0)
+    assert torch.isfinite(losses[[0, 2]]).all() and not torch.isfinite(losses[1])
+    assert torch.isfinite(logits[[0, 2]]).all() and not torch.isfinite(logits[1]).all()
