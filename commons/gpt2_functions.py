@@ -140,7 +140,7 @@ def gpt2_functions(
         # last matrix product
         return checkpoint(block, hidden, *parameters, preserve_rng_state=dropout > 0, **checkpointing)
 
-    checkpointing = checkpoint_arguments(recompute)
+    checkpointing = checkpoint_arguments(recompute, compiled=transform is not _unchanged)
     kernel = softmax_gradient_kernel if kernels else transform(softmax_gradient)
 
     def loss(

@@ -85,6 +85,12 @@ KNOWN_LOG_LINES = (
         "tells of its own progress, and from which source line; the step lines tell of the run's",
     ),
     KnownLogLine(
+        "torch._higher_order_ops.wrap",
+        logging.WARNING,
+        r"\s*Detected that context_fn is passed to torch.utils.checkpoint under torch.compile",
+        "asks for no operations in place inside of what is recomputed; the blocks have none",
+    ),
+    KnownLogLine(
         "transformers.modeling_utils",
         logging.WARNING,
         r"`loss_type=None` was set in the config",

@@ -16,23 +16,39 @@ from typing import Any
 MODES = ("off", "selective", "on")
 
 
-def checkpoint_arguments(mode: str) -> dict[str, Any]:
-    """Keyword arguments of ``torch.utils.checkpoint.checkpoint`` for "selective" or "on"."""
+def checkpoint_arguments(mode: str, *, compiled: bool = False) -> dict[str, Any]:
+    """Keyword arguments of ``torch.utils.checkpoint.checkpoint`` for "selective" or "on".
+
+    Args:
+        compiled: it is called inside of what torch.compile is given. torch 2.11's compiler keeps what an
+            autograd.Function saves unless every operation is told to be computed again (2.13's does not): eleven
+            tensors of the size of the hidden states a block instead of one.
+    """
     # the reentrant kind refuses what has no gradient at its inputs and runs outside of saved-tensor hooks
     arguments: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
+    if mode == "selective" or compiled:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_what_is_dear())
+        kept = _what_is_dear() if mode == "selective" else set()
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep(kept))
     return arguments
 
 
-def _keep_what_is_dear() -> Callable:
-    import torch
+def _keep(operations: set[Any]) -> Callable:
+    """A policy: the results of ``operations`` are kept, and all else is computed again."""
     from torch.utils.checkpoint import CheckpointPolicy
 
+    def policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in operations else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def _what_is_dear() -> set[Any]:
+    import torch
+
     aten = torch.ops.aten
-    dear = {
+    return {
         aten.mm.default,
         aten.addmm.default,
         aten._scaled_mm.default,
@@ -41,8 +57,3 @@ def _keep_what_is_dear() -> Callable:
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
-
-    def policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
