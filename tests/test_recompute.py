@@ -1,4 +1,4 @@
-"""What a compiled block keeps for its backward pass under --activation_checkpointing, whatever its layers are made of."""
+"""What a compiled block keeps for its backward pass under --activation_checkpointing, of whatever layers it is made."""
 
 from __future__ import annotations
 
