@@ -546,6 +546,16 @@ def _cuda_graph(job: Job) -> Iterator[str]:
         yield f"--cuda_graph on records nothing {problem}: use --cuda_graph off"
 
 
+def _peer_copies(job: Job) -> Iterator[str]:
+    """What ``--peer_copies on`` cannot do; "auto" leaves it out by itself."""
+    if job.config.peer_copies != "on":
+        return
+    from commons.peer_copies import peer_problems
+
+    for problem in peer_problems(job.config, job.device_type, job.world_size, job.local_world_size, job.gpu_count):
+        yield f"--peer_copies on gathers nothing {problem}: use --peer_copies off"
+
+
 def _kernels(job: Job) -> Iterator[str]:
     config = job.config
     if config.sequence_parallel == "on" and config.tp_degree == 1:
@@ -692,6 +702,7 @@ CHECKS = (
     _layout,
     _compile,
     _cuda_graph,
+    _peer_copies,
     _kernels,
     _fp8,
     _machine,

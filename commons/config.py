@@ -115,6 +115,12 @@ class PlanFlags:
         " rest of the model too (default: as many as have two million parameters, at least one)",
         "N",
     )
+    peer_copies: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Gemini: gather chunks and average gradients by copies from memory to memory, without kernels that take"
+        " multiprocessors from the computation; auto: between GPUs of one host that reach each other's memory, where"
+        " nothing is offloaded; on a CPU only to try it",
+    )
     gemini_hooks: Literal["block", "operation"] = _flag(
         "block",
         "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"

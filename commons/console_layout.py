@@ -36,6 +36,7 @@ ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "b
 #   precision, attention    the kernel
 #   activation_checkpointing    "off", "selective" or "on"
 #   cuda_graph              whether forward and backward pass are replayed
+#   peer_copies             whether ranks copy from each other's memory
 #   device, device_name     "cuda" or "cpu", and what it calls itself
 #   peak_tflops_per_device  what MFU is a share of, or None
 #   notes                   any further lines
@@ -156,6 +157,7 @@ def _compute(header: Header) -> str:
             if "activation_checkpointing" in header
             else "",
             "passes replayed" if header.get("cuda_graph") else "",
+            "copies between ranks" if header.get("peer_copies") else "",
         ]
     )
 

@@ -270,11 +270,12 @@ class MemoryUse:
     host_mib: float
 
 
-def memory_use(device: Device, replayed_bytes: int = 0) -> MemoryUse:
+def memory_use(device: Device, replayed_bytes: int = 0, shared_bytes: int = 0) -> MemoryUse:
     """What torch's allocator holds, held at most since the last reset, and the process's resident set.
 
     Args:
         replayed_bytes: what a CUDA graph used beside what is allocated now, unseen by the allocator.
+        shared_bytes: what is allocated unseen by it.
     """
     host_mib = _resident_bytes() / MIB
     if device.type == "cpu":
@@ -284,7 +285,7 @@ def memory_use(device: Device, replayed_bytes: int = 0) -> MemoryUse:
 
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     peak = max(torch.cuda.max_memory_allocated(), allocated + replayed_bytes)
-    return MemoryUse(allocated / MIB, reserved / MIB, peak / MIB, host_mib)
+    return MemoryUse(*((held + shared_bytes) / MIB for held in (allocated, reserved, peak)), host_mib)
 
 
 def _resident_bytes() -> int:

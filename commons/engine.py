@@ -85,6 +85,7 @@ class Session:
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
             "cuda_graph": wants_graph(config, self.device.type, world_size),
+            "peer_copies": self.trainable.shared_bytes is not None,
             "device": self.device.type,
             "device_name": self.device.name,
             "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,
@@ -223,7 +224,7 @@ def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: in
         "loss": loss.item(),
         "signum": float(signum),
         **vars(timing),
-        **vars(memory_use(session.device, session.trainable.replayed_bytes)),
+        **vars(memory_use(session.device, session.trainable.replayed_bytes, session.trainable.shared_bytes or 0)),
     }
     rows = _all_gather(list(seen.values()), session.device)
     return [dict(zip(seen, row, strict=True)) for row in rows]

@@ -1,5 +1,6 @@
-"""Kernels in Triton for what the compiler does in more passes than it has to: the softmax of the loss with its
-gradient, and the gradient of a layer norm with all sums over rows that it can begin meanwhile.
+"""Kernels in Triton for what the compiler does in more passes than it has to, or does not see: the softmax of the loss
+with its gradient, the gradient of a layer norm with all sums over rows that it can begin meanwhile, and the mean of
+tensors that came from other ranks.
 """
 
 from __future__ import annotations
@@ -202,3 +203,28 @@ def norm_gradient(
         num_warps=NORM_WARPS if block <= NORM_ELEMENTS // 4 else 2 * NORM_WARPS,
     )
     return out, summed
+
+
+# --- what came from other ranks -------------------------------------------------------------------------------
+
+MEAN_BLOCK, MEAN_WARPS = 2048, 8  # eight elements a thread
+
+
+@triton.jit
+def _mean(own, others, out, elements, stride, OTHERS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < elements
+    total = tl.load(own + at, mask=mask).to(tl.float32)
+    for row in tl.static_range(OTHERS):
+        total += tl.load(others + row * stride + at, mask=mask).to(tl.float32)
+    tl.store(out + at, (total / (OTHERS + 1)).to(out.dtype.element_ty), mask=mask)
+
+
+def mean_(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the mean of ``own`` [elements] and of the rows of ``others`` [rows, elements] into ``out``, summed up in
+    fp32. All of one dtype, with elements side by side.
+    """
+    elements = len(out)
+    _on(triton.cdiv(elements, MEAN_BLOCK), _mean)(
+        own, others, out, elements, others.stride(0), len(others), MEAN_BLOCK, num_warps=MEAN_WARPS
+    )

@@ -32,10 +32,13 @@ class Stepping(Protocol):
         param_groups: the optimizer's, to set the learning rate in.
         replayed_bytes: device memory that a recorded pass uses, which torch's allocator does not count; see
             commons.step_graph.
+        shared_bytes: memory of the device that ranks share, not counted either; None where they share none. See
+            commons.peer_copies.
     """
 
     model: nn.Module
     replayed_bytes: int
+    shared_bytes: int | None
 
     @property
     def param_groups(self) -> list[dict]: ...

@@ -133,6 +133,7 @@ class ChunkGradients:
             stream.wait_stream(_accelerator().current_stream())
         with _accelerator().stream(stream):
             target.reduction = self._reductions[chunk]  # pyright: ignore[reportAttributeAccessIssue]
+            target.copies = chunk.copies  # pyright: ignore[reportAttributeAccessIssue]
             manager.reduce_chunk(target, async_op=stream is not None)
             target.wait_async_reduce()
             if target is not chunk:

@@ -14,6 +14,7 @@ from commons.compiling import functions_for, run_as_functions, say, wants_compil
 from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
+from commons.peer_copies import wants_peer_copies
 from commons.step_graph import EAGER_STEPS, StepGraph, has_room, wants_graph
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
@@ -24,6 +25,7 @@ class BoostedTrainable:
     """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines."""
 
     replayed_bytes = 0
+    shared_bytes: int | None = None
 
     def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
         self.booster, self.model, self.optimizer = booster, model, optimizer
@@ -113,6 +115,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
 
     from commons.colossal.block_hooks import run_by_blocks
     from commons.colossal.chunk_adam import update_by_chunks
+    from commons.colossal.peer_chunks import share_parts
 
     placement = config.gemini_placement()
     # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
@@ -146,6 +149,8 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     graphed = wants_graph(config, device.type, device.world_size)
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
+    if wants_peer_copies(config, device):
+        trainable.shared_bytes = share_parts(trainable.model, device).shared_bytes  # pyright: ignore[reportArgumentType]
     update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable

@@ -44,7 +44,10 @@ def scatter(self: Any) -> None:
     if _is_alone(self):
         self.cuda_shard = self.cuda_global_chunk.detach()
     else:
-        self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
+        if self.parts is None:
+            self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
+        else:
+            self.cuda_shard = self.parts[self.pg_rank]  # it has stayed there, and no one writes to what is gathered
         if _computes_here(self.cuda_global_chunk):
             free_storage(self.cuda_global_chunk)
         else:
@@ -58,12 +61,15 @@ def _computes_here(tensor: torch.Tensor) -> bool:
 
 
 def gather(self: Any, async_op: bool = False) -> Any:
-    """``Chunk.__gather``: on one rank the part is the whole already, or comes from the host and takes its
-    place.
+    """``Chunk.__gather``: on one rank the part is the whole already, or comes from the host and takes its place; by
+    copies from the other ranks' memory where there are any (commons.colossal.peer_chunks).
     """
-    if not _is_alone(self) or self.is_gathered:
+    if self.is_gathered or not (_is_alone(self) or self.parts):
         return _gather(self, async_op)
-    if is_storage_empty(self.cuda_global_chunk):
+    if self.parts:
+        alloc_storage(self.cuda_global_chunk)
+        self.copies.gather(self.parts, self.cuda_global_chunk)
+    elif is_storage_empty(self.cuda_global_chunk):
         alloc_storage(self.cuda_global_chunk)
         self.cuda_global_chunk.copy_(self.cuda_shard)
     self.cuda_shard = None
@@ -141,15 +147,23 @@ def reduce(self: Any, async_op: bool = False) -> None:
     stream may be written into gradients that are still being read. The current stream, which is Gemini's for
     reductions, waits here; the host does not.
     """
-    if self.pg_size == 1 or self.keep_gathered or self.extra_dp_group is not None or not async_op:
+    if self.copies is None and (
+        self.pg_size == 1 or self.keep_gathered or self.extra_dp_group is not None or not async_op
+    ):
         _reduce(self, async_op)
         return
     assert self.is_gathered and self.grad_reduce_work is None
-    self.cuda_shard = torch.empty(self.shard_size, dtype=self.dtype, device=get_accelerator().get_current_device())
-    work = dist.reduce_scatter_tensor(
-        self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True
-    )
-    work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+    if self.parts:
+        self.cuda_shard = self.parts[self.pg_rank]
+    else:
+        self.cuda_shard = torch.empty(self.shard_size, dtype=self.dtype, device=get_accelerator().get_current_device())
+    if self.copies:
+        self.copies.average(self.cuda_global_chunk, self.cuda_shard)
+    else:
+        work = dist.reduce_scatter_tensor(
+            self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True
+        )
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
     _free_after_this_stream(self.cuda_global_chunk)
     self.is_gathered = False
     for info in self.tensors_info.values():
@@ -162,15 +176,16 @@ _reduce = Chunk.reduce
 
 
 def mean_or_sum(chunk: Any) -> Any:
-    """What :func:`reduce` can do for a chunk's gradients: NCCL has a mean, gloo and one rank alone do not."""
+    """What :func:`reduce` can do for a chunk's gradients: copies and NCCL have a mean, gloo and a rank alone do not."""
     on_gpus = chunk.pg_size > 1 and not chunk.keep_gathered and dist.get_backend(chunk.torch_pg) == "nccl"
-    return dist.ReduceOp.AVG if on_gpus else dist.ReduceOp.SUM
+    return dist.ReduceOp.AVG if chunk.copies or on_gpus else dist.ReduceOp.SUM
 
 
 @functools.cache
 def install() -> None:
     """Replace the methods of every chunk in this process."""
     Chunk.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]  (what upstream does)
+    Chunk.copies = Chunk.parts = None  # pyright: ignore[reportAttributeAccessIssue]  (peer_chunks gives them)
     Chunk._Chunk__scatter = scatter  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__gather = gather  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__update_tensors_ptr = update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]

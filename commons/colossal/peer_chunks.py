@@ -1,0 +1,45 @@
+"""Gemini's chunks gathered and reduced by copies between the memories of the ranks; see commons.peer_copies.
+
+A rank's part of a chunk gets a place in memory that the other ranks read, and stays there: while the chunk is gathered,
+when its gradients take the weights' place, and when the optimizer writes the new weights over them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from colossalai.zero.gemini.gemini_ddp import GeminiDDP
+
+from commons.device import Device
+from commons.peer_copies import PeerCopies, peers_of
+
+
+def share_parts(gemini: GeminiDDP, device: Device) -> PeerCopies:
+    """Move this rank's parts of the chunks of ``gemini``, none of them gathered, to where the other ranks reach them
+    (collective).
+    """
+    chunks: list[Any] = list(dict.fromkeys(gemini.chunk_manager.get_chunk(param) for param in gemini.fp16_params))
+    copies = PeerCopies(peers_of(device, gemini.zero_group), [chunk.shard_size for chunk in chunks], chunks[0].dtype)
+    for chunk, parts in zip(chunks, copies.parts, strict=True):
+        place = parts[chunk.pg_rank]
+        place.copy_(chunk.cuda_shard)
+        chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
+    _tell_passes(gemini, copies)
+    return copies
+
+
+def _tell_passes(gemini: Any, copies: PeerCopies) -> None:
+    """Have every call of the model tell the other ranks that the parts are ready: the optimizer, a checkpoint, or
+    whatever has written them, is through.
+    """
+    forward = gemini.forward
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        copies.begin_pass()
+        out = forward(*arguments, **options)
+        if not torch.is_grad_enabled():
+            copies.end_without_gradients()
+        return out
+
+    gemini.forward = told

@@ -1,0 +1,304 @@
+"""Tensors gathered and averaged by copies from memory to memory, without a kernel that communicates:
+``--peer_copies``.
+
+NCCL's kernels take multiprocessors of the GPU, for which a persistent matrix product beside them has to wait. The GPUs
+of one host can read and write each other's memory, and their copy engines do so beside all multiprocessors. Waiting for
+another rank needs none either: a stream waits for a number in memory (a stream memory operation of the driver), no
+kernel spins.
+
+What ranks tell each other are three growing numbers for every pair:
+
+- ``READY``: passes over the model that have begun; the teller's parts do not change until the pass is over.
+- ARRIVED: averages for which the teller has written its contribution into the listener's inbox.
+- FREE: averages for which the teller has read the listener's contribution out of its own inbox.
+
+All ranks average the same tensors in the same order. A part may be overwritten by its average: each contribution comes
+from a rank that has passed its last use of the tensor, so that no one still reads the part.
+
+On a CPU the ranks of a host share memory in files, and the same order of things is kept by looking at the numbers: for
+tests, and for a look at how it works; gloo is as fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from enum import IntEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from commons.config import TrainConfig
+    from commons.device import Device
+
+SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
+ALIGNED_ELEMENTS = 128  # parts begin at a multiple, so that wide copies and kernels find them aligned
+LOOK_SECONDS = 50e-6  # between two looks at a number, on a CPU
+
+
+class Signal(IntEnum):
+    """What a number says; see the module."""
+
+    READY = 0
+    ARRIVED = 1
+    FREE = 2
+    DONE = 3  # as READY, of passes that end without gradients
+
+
+class Peers(Protocol):
+    """The ranks of a process group that reach each other's memory.
+
+    Attributes:
+        rank, size: in the group.
+        unseen_bytes: memory given out that torch's allocator does not count.
+    """
+
+    rank: int
+    size: int
+    unseen_bytes: int
+
+    def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Zeros on every rank, flat, as every rank can read and write them; by rank (collective)."""
+        ...
+
+    def tell(self, peer: int, signal: Signal, value: int) -> None:
+        """Let ``peer`` see the number, after everything that the current stream was given before."""
+        ...
+
+    def wait(self, peer: int, signal: Signal, value: int) -> None:
+        """Let the current stream go on when ``peer`` has told ``value`` or more."""
+        ...
+
+
+class GpuPeers:
+    """GPUs of one host, through torch's symmetric memory and stream memory operations.
+
+    https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEMOP.html
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.unseen_bytes = 0
+        self._group = group
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        signals = self.share(len(Signal) * self.size, torch.int32)
+        self._own = signals[self.rank].data_ptr()
+        self._others = [each.data_ptr() for each in signals]
+
+    def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        before = torch.cuda.memory_allocated()
+        own = symmetric.empty(elements, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+        self.unseen_bytes += own.nbytes - (torch.cuda.memory_allocated() - before)
+        handle: Any = symmetric.rendezvous(own, self._group)
+        own.zero_()
+        torch.cuda.synchronize()
+        dist.barrier(self._group)  # no one writes into what another has yet to fill with zeros
+        theirs = [handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
+        theirs[self.rank] = own  # keeps the memory
+        return theirs
+
+    def tell(self, peer: int, signal: Signal, value: int) -> None:
+        self._call("cuStreamWriteValue32_v2", self._others[peer], signal * self.size + self.rank, value)
+
+    def wait(self, peer: int, signal: Signal, value: int) -> None:
+        self._call("cuStreamWaitValue32_v2", self._own, signal * self.size + peer, value)
+
+    def _call(self, function: str, numbers: int, index: int, value: int) -> None:
+        """Flags 0: write behind all earlier work, and wait for a number that is at least ``value``."""
+        status = getattr(self._driver, function)(
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            ctypes.c_uint64(numbers + 4 * index),
+            ctypes.c_uint32(value),
+            ctypes.c_uint(0),
+        )
+        if status:
+            raise RuntimeError(f"{function} returned {status}: use --peer_copies off")
+
+
+class HostPeers:
+    """Ranks on the CPUs of one host, through files in memory. They are removed from the directory as soon as every rank
+    has mapped them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.unseen_bytes = 0
+        self._group = group
+        self._signals = self.share(len(Signal) * self.size, torch.int32)
+
+    def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        files: list[Any] = [None] * self.size
+        shm = Path("/dev/shm")
+        folder = shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+        own = folder / f"gemini-gpt2-{uuid.uuid4().hex}"
+        dist.all_gather_object(files, str(own), self._group)
+        nbytes = elements * dtype.itemsize
+        try:
+            with open(own, "xb") as file:
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # fails where there is no room, and not at a later write
+            dist.barrier(self._group)
+            maps = []
+            for name in files:
+                with open(name, "r+b") as file:
+                    maps.append(mmap.mmap(file.fileno(), nbytes))
+            dist.barrier(self._group)
+        finally:
+            own.unlink(missing_ok=True)
+        return [torch.frombuffer(memory, dtype=dtype) for memory in maps]
+
+    def tell(self, peer: int, signal: Signal, value: int) -> None:
+        self._signals[peer][signal * self.size + self.rank] = value
+
+    def wait(self, peer: int, signal: Signal, value: int) -> None:
+        number = self._signals[self.rank][signal * self.size + peer]
+        while number.item() < value:
+            time.sleep(LOOK_SECONDS)
+
+
+class PeerCopies:
+    """Gathers and averages tensors of which every rank holds a part.
+
+    Args:
+        peers: all of the tensors' ranks.
+        part_sizes: elements of each tensor's part.
+        dtype: of all tensors.
+
+    Attributes:
+        parts: for each tensor its parts by rank, flat; this rank's are its own to fill.
+        shared_bytes: device memory taken for it, as far as torch's allocator does not count it.
+    """
+
+    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype) -> None:
+        self._peers = peers
+        self._passes = self._averages = 0
+        # at one time every rank reads from another: the next one after it first
+        self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
+        rooms = [size + -size % ALIGNED_ELEMENTS for size in part_sizes]
+        arenas = [arena.split(rooms) for arena in peers.share(sum(rooms), dtype)]
+        self.parts = [[rank_parts[index][:size] for rank_parts in arenas] for index, size in enumerate(part_sizes)]
+        width = max(rooms)
+        self._inboxes = [
+            inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
+        ]
+        self.shared_bytes = peers.unseen_bytes
+
+    def begin_pass(self) -> None:
+        """Tell that this rank's parts are what this pass is to gather, as far as the current stream has come."""
+        self._passes += 1
+        for peer in self._others:
+            self._peers.tell(peer, Signal.READY, self._passes)
+
+    def end_without_gradients(self) -> None:
+        """Wait until no rank needs the parts of a pass that averages nothing."""
+        for peer in self._others:
+            self._peers.tell(peer, Signal.DONE, self._passes)
+        for peer in self._others:
+            self._peers.wait(peer, Signal.DONE, self._passes)
+
+    def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
+        """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream."""
+        pieces = whole.chunk(self._peers.size)
+        for peer in self._others:
+            self._peers.wait(peer, Signal.READY, self._passes)
+            pieces[peer].copy_(parts[peer])
+        pieces[self._peers.rank].copy_(parts[self._peers.rank])
+
+    def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
+        """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
+        up in fp32, on the current stream (every rank has to).
+        """
+        peers, pieces = self._peers, whole.chunk(self._peers.size)
+        self._averages += 1
+        count, slot = self._averages, self._averages % SLOTS
+        for peer in self._others:
+            peers.wait(peer, Signal.FREE, count - SLOTS)
+            self._room(peer, slot, peers.rank)[: len(out)].copy_(pieces[peer])
+            peers.tell(peer, Signal.ARRIVED, count)
+        for peer in self._others:
+            peers.wait(peer, Signal.ARRIVED, count)
+        received = self._inboxes[peers.rank][slot, :, : len(out)]
+        mean_of(pieces[peers.rank], received, out)
+        for peer in self._others:
+            peers.tell(peer, Signal.FREE, count)
+
+    def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
+        """Where in its inbox a rank finds the contribution of another."""
+        return self._inboxes[listener][slot, (teller - listener) % self._peers.size - 1]
+
+
+def mean_of(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the mean of ``own`` [elements] and of the rows of ``others`` [rows, elements] into ``out``, summed up in
+    fp32.
+    """
+    if own.is_cuda and _has_kernels():
+        from commons.gpu_kernels import mean_
+
+        mean_(own, others, out)
+        return
+    total = own.float()
+    for other in others:
+        total += other
+    out.copy_(total.div_(1 + len(others)))
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    if find_spec("triton") is None:
+        return False
+    from commons.gpu_kernels import fits
+
+    return fits()
+
+
+def peer_problems(
+    config: TrainConfig, device_type: str, world_size: int, local_world_size: int, gpu_count: int
+) -> Iterator[str]:
+    """Where nothing can be gathered by copies, one reason each. ``gpu_count``: GPUs that every process sees."""
+    offload = config.offload_optim_frac or config.offload_param_frac
+    rules = (
+        (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
+        (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
+        (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
+        (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
+        (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
+        (config.data_parallel_size(world_size) == 1, "on one data-parallel rank, which has everything itself"),
+        (world_size > local_world_size, "between the memories of several machines"),
+        (device_type == "cuda" and not _reach_each_other(gpu_count, world_size), "between GPUs without peer access"),
+    )
+    return (text for applies, text in rules if applies)
+
+
+@functools.cache
+def _reach_each_other(gpu_count: int, ranks: int) -> bool:
+    """Whether the GPUs of ``ranks`` can read and write each other's memory, as CUDA says; not where a process sees
+    fewer of them.
+    """
+    pairs = ((one, other) for one in range(ranks) for other in range(ranks) if one != other)
+    return gpu_count >= ranks and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+
+
+def wants_peer_copies(config: TrainConfig, device: Device) -> bool:
+    """Whether ``--peer_copies`` asks for it here; "auto" wherever GPUs can."""
+    if config.peer_copies != "auto":
+        return config.peer_copies == "on"
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+    gpu_count = torch.cuda.device_count() if device.type == "cuda" else 0
+    problems = peer_problems(config, device.type, device.world_size, local_world_size, gpu_count)
+    return device.type == "cuda" and not any(problems)
+
+
+def peers_of(device: Device, group: dist.ProcessGroup) -> Peers:
+    """The ranks of ``group``, all of one host (collective)."""
+    return GpuPeers(group) if device.type == "cuda" else HostPeers(group)
