@@ -285,7 +285,8 @@ def memory_use(device: Device, replayed_bytes: int = 0, shared_bytes: int = 0) -
 
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     peak = max(torch.cuda.max_memory_allocated(), allocated + replayed_bytes)
-    return MemoryUse(*((held + shared_bytes) / MIB for held in (allocated, reserved, peak)), host_mib)
+    allocated, reserved, peak = (held + shared_bytes for held in (allocated, reserved, peak))
+    return MemoryUse(allocated / MIB, reserved / MIB, peak / MIB, host_mib)
 
 
 def _resident_bytes() -> int:

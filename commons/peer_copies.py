@@ -91,9 +91,8 @@ class GpuPeers:
         self.unseen_bytes = 0
         self._group = group
         self._driver = ctypes.CDLL("libcuda.so.1")
-        signals = self.share(len(Signal) * self.size, torch.int32)
-        self._own = signals[self.rank].data_ptr()
-        self._others = [each.data_ptr() for each in signals]
+        self._handles: list[Any] = []  # what keeps the other ranks' memory mapped
+        self._signals = self.share(len(Signal) * self.size, torch.int32)
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
@@ -102,24 +101,23 @@ class GpuPeers:
         own = symmetric.empty(elements, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
         self.unseen_bytes += own.nbytes - (torch.cuda.memory_allocated() - before)
         handle: Any = symmetric.rendezvous(own, self._group)
+        self._handles.append(handle)
         own.zero_()
         torch.cuda.synchronize()
         dist.barrier(self._group)  # no one writes into what another has yet to fill with zeros
-        theirs = [handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
-        theirs[self.rank] = own  # keeps the memory
-        return theirs
+        return [own if peer == self.rank else handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
 
     def tell(self, peer: int, signal: Signal, value: int) -> None:
-        self._call("cuStreamWriteValue32_v2", self._others[peer], signal * self.size + self.rank, value)
+        self._call("cuStreamWriteValue32_v2", self._signals[peer], signal * self.size + self.rank, value)
 
     def wait(self, peer: int, signal: Signal, value: int) -> None:
-        self._call("cuStreamWaitValue32_v2", self._own, signal * self.size + peer, value)
+        self._call("cuStreamWaitValue32_v2", self._signals[self.rank], signal * self.size + peer, value)
 
-    def _call(self, function: str, numbers: int, index: int, value: int) -> None:
+    def _call(self, function: str, numbers: torch.Tensor, index: int, value: int) -> None:
         """Flags 0: write behind all earlier work, and wait for a number that is at least ``value``."""
         status = getattr(self._driver, function)(
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-            ctypes.c_uint64(numbers + 4 * index),
+            ctypes.c_uint64(numbers.data_ptr() + numbers.itemsize * index),
             ctypes.c_uint32(value),
             ctypes.c_uint(0),
         )

@@ -24,7 +24,7 @@ class TorchTrainable:
     """fp32 parameters computing in ``precision``; for fp16 with a dynamic loss scale."""
 
     replayed_bytes = 0
-    shared_bytes = None
+    shared_bytes: int | None = None
 
     def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
         self.model, self.optimizer = model, optimizer
