@@ -542,18 +542,22 @@ def _cuda_graph(job: Job) -> Iterator[str]:
         return
     from commons.step_graph import graph_problems
 
-    for problem in graph_problems(job.config, job.device_type, job.world_size):
+    copies = job.config.peer_copies != "off" and not any(_without_peer_copies(job))
+    for problem in graph_problems(job.config, job.device_type, job.world_size, copies):
         yield f"--cuda_graph on records nothing {problem}: use --cuda_graph off"
 
 
 def _peer_copies(job: Job) -> Iterator[str]:
     """What ``--peer_copies on`` cannot do; "auto" leaves it out by itself."""
-    if job.config.peer_copies != "on":
-        return
+    if job.config.peer_copies == "on":
+        for problem in _without_peer_copies(job):
+            yield f"--peer_copies on gathers nothing {problem}: use --peer_copies off"
+
+
+def _without_peer_copies(job: Job) -> Iterator[str]:
     from commons.peer_copies import peer_problems
 
-    for problem in peer_problems(job.config, job.device_type, job.world_size, job.local_world_size, job.gpu_count):
-        yield f"--peer_copies on gathers nothing {problem}: use --peer_copies off"
+    return peer_problems(job.config, job.device_type, job.world_size, job.local_world_size, job.gpu_count)
 
 
 def _kernels(job: Job) -> Iterator[str]:

@@ -64,6 +64,7 @@ class Session:
     def header(self) -> dict:
         """What a reader of the log must know, for the sinks."""
         config, world_size = self.config, self.device.world_size
+        peer_copies = self.trainable.shared_bytes is not None
         return {
             "model": config.model_type,
             **{name: getattr(self.shape, name) for name in ("layers", "hidden", "heads")},
@@ -84,8 +85,8 @@ class Session:
             "precision": config.precision,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
-            "cuda_graph": wants_graph(config, self.device.type, world_size),
-            "peer_copies": self.trainable.shared_bytes is not None,
+            "cuda_graph": wants_graph(config, self.device.type, world_size, peer_copies),
+            "peer_copies": peer_copies,
             "device": self.device.type,
             "device_name": self.device.name,
             "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,

@@ -6,17 +6,19 @@ of one host can read and write each other's memory, and their copy engines do so
 another rank needs none either: a stream waits for a number in memory (a stream memory operation of the driver), no
 kernel spins.
 
-What ranks tell each other are three growing numbers for every pair:
+What ranks tell each other are flags, one of each kind for every pair. A rank raises it in the other's memory; the other
+waits for it and takes it down before it does anything that lets it be raised again, so that none is missed:
 
-- ``READY``: passes over the model that have begun; the teller's parts do not change until the pass is over.
-- ARRIVED: averages for which the teller has written its contribution into the listener's inbox.
-- FREE: averages for which the teller has read the listener's contribution out of its own inbox.
+- ``BEGIN`` and its like: the stream has come to a point where all ranks wait for each other. Behind it the teller's
+  parts do not change until the pass over the model is through.
+- ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
+- ``FREE``: the teller has read what the listener had written into the teller's inbox.
 
 All ranks average the same tensors in the same order. A part may be overwritten by its average: each contribution comes
-from a rank that has passed its last use of the tensor, so that no one still reads the part.
+from a rank that has passed its last use of the tensor, so that no one still reads the part. No number in it changes
+from step to step, so that it can be recorded (commons.step_graph).
 
-On a CPU the ranks of a host share memory in files, and the same order of things is kept by looking at the numbers: for
-tests, and for a look at how it works; gloo is as fast.
+On a CPU the ranks of a host share memory in files, and the same order of things is kept by looking at the flags.
 """
 
 from __future__ import annotations
@@ -43,16 +45,19 @@ if TYPE_CHECKING:
 
 SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
 ALIGNED_ELEMENTS = 128  # parts begin at a multiple, so that wide copies and kernels find them aligned
-LOOK_SECONDS = 50e-6  # between two looks at a number, on a CPU
+LOOK_SECONDS = 50e-6  # between two looks at a flag, on a CPU
 
 
-class Signal(IntEnum):
-    """What a number says; see the module."""
+class Flag(IntEnum):
+    """What is told; see the module. Those of a kind are used in turn."""
 
-    READY = 0
-    ARRIVED = 1
-    FREE = 2
-    DONE = 3  # as READY, of passes that end without gradients
+    BEGIN = 0
+    BEGIN_TOO = 1
+    BEGIN_RECORDED = 2  # where passes are replayed, they meet here always, and no one else does
+    ARRIVED = 3
+    ARRIVED_TOO = 4
+    FREE = 5
+    FREE_TOO = 6
 
 
 class Peers(Protocol):
@@ -71,12 +76,16 @@ class Peers(Protocol):
         """Zeros on every rank, flat, as every rank can read and write them; by rank (collective)."""
         ...
 
-    def tell(self, peer: int, signal: Signal, value: int) -> None:
-        """Let ``peer`` see the number, after everything that the current stream was given before."""
+    def tell(self, peer: int, flag: int) -> None:
+        """Raise ``flag`` at ``peer``, behind everything that the current stream was given before."""
         ...
 
-    def wait(self, peer: int, signal: Signal, value: int) -> None:
-        """Let the current stream go on when ``peer`` has told ``value`` or more."""
+    def await_told(self, peer: int, flag: int) -> None:
+        """Let the current stream go on when ``peer`` has raised ``flag`` here, and take it down."""
+        ...
+
+    def recording(self) -> bool:
+        """Whether what the current stream is given is recorded, and not done."""
         ...
 
 
@@ -92,7 +101,7 @@ class GpuPeers:
         self._group = group
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._handles: list[Any] = []  # what keeps the other ranks' memory mapped
-        self._signals = self.share(len(Signal) * self.size, torch.int32)
+        self._signals = self.share(len(Flag) * self.size, torch.int32)
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
@@ -107,17 +116,22 @@ class GpuPeers:
         dist.barrier(self._group)  # no one writes into what another has yet to fill with zeros
         return [own if peer == self.rank else handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
 
-    def tell(self, peer: int, signal: Signal, value: int) -> None:
-        self._call("cuStreamWriteValue32_v2", self._signals[peer], signal * self.size + self.rank, value)
+    def tell(self, peer: int, flag: int) -> None:
+        self._call("cuStreamWriteValue32_v2", self._signals[peer], flag * self.size + self.rank, 1)
 
-    def wait(self, peer: int, signal: Signal, value: int) -> None:
-        self._call("cuStreamWaitValue32_v2", self._signals[self.rank], signal * self.size + peer, value)
+    def await_told(self, peer: int, flag: int) -> None:
+        own = self._signals[self.rank], flag * self.size + peer
+        self._call("cuStreamWaitValue32_v2", *own, 1)
+        self._call("cuStreamWriteValue32_v2", *own, 0)
 
-    def _call(self, function: str, numbers: torch.Tensor, index: int, value: int) -> None:
-        """Flags 0: write behind all earlier work, and wait for a number that is at least ``value``."""
+    def recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def _call(self, function: str, flags: torch.Tensor, index: int, value: int) -> None:
+        """With the driver's flags 0: write behind all earlier work, wait for at least ``value``."""
         status = getattr(self._driver, function)(
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-            ctypes.c_uint64(numbers.data_ptr() + numbers.itemsize * index),
+            ctypes.c_uint64(flags.data_ptr() + flags.itemsize * index),
             ctypes.c_uint32(value),
             ctypes.c_uint(0),
         )
@@ -134,7 +148,7 @@ class HostPeers:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.unseen_bytes = 0
         self._group = group
-        self._signals = self.share(len(Signal) * self.size, torch.int32)
+        self._signals = self.share(len(Flag) * self.size, torch.int32)
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         files: list[Any] = [None] * self.size
@@ -156,13 +170,17 @@ class HostPeers:
             own.unlink(missing_ok=True)
         return [torch.frombuffer(memory, dtype=dtype) for memory in maps]
 
-    def tell(self, peer: int, signal: Signal, value: int) -> None:
-        self._signals[peer][signal * self.size + self.rank] = value
+    def tell(self, peer: int, flag: int) -> None:
+        self._signals[peer][flag * self.size + self.rank] = 1
 
-    def wait(self, peer: int, signal: Signal, value: int) -> None:
-        number = self._signals[self.rank][signal * self.size + peer]
-        while number.item() < value:
+    def await_told(self, peer: int, flag: int) -> None:
+        own = self._signals[self.rank][flag * self.size + peer]
+        while own.item() == 0:
             time.sleep(LOOK_SECONDS)
+        own.zero_()
+
+    def recording(self) -> bool:
+        return False
 
 
 class PeerCopies:
@@ -180,7 +198,7 @@ class PeerCopies:
 
     def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype) -> None:
         self._peers = peers
-        self._passes = self._averages = 0
+        self._meetings = self._averages = 0
         # at one time every rank reads from another: the next one after it first
         self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
         rooms = [size + -size % ALIGNED_ELEMENTS for size in part_sizes]
@@ -191,45 +209,52 @@ class PeerCopies:
             inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
         ]
         self.shared_bytes = peers.unseen_bytes
+        for flag in (Flag.FREE, Flag.FREE_TOO):
+            self._tell_all(flag)
 
-    def begin_pass(self) -> None:
-        """Tell that this rank's parts are what this pass is to gather, as far as the current stream has come."""
-        self._passes += 1
-        for peer in self._others:
-            self._peers.tell(peer, Signal.READY, self._passes)
-
-    def end_without_gradients(self) -> None:
-        """Wait until no rank needs the parts of a pass that averages nothing."""
-        for peer in self._others:
-            self._peers.tell(peer, Signal.DONE, self._passes)
-        for peer in self._others:
-            self._peers.wait(peer, Signal.DONE, self._passes)
+    def meet(self) -> None:
+        """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
+        everything that writes parts, and after a pass that averages nothing.
+        """
+        flag = (Flag.BEGIN, Flag.BEGIN_TOO)[self._meetings % 2]
+        if self._peers.recording():
+            flag = Flag.BEGIN_RECORDED
+        else:
+            self._meetings += 1
+        self._tell_all(flag)
+        self._await_all(flag)
 
     def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
-        """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream."""
+        """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream, which is behind the
+        pass's meeting.
+        """
         pieces = whole.chunk(self._peers.size)
-        for peer in self._others:
-            self._peers.wait(peer, Signal.READY, self._passes)
+        for peer in (*self._others, self._peers.rank):
             pieces[peer].copy_(parts[peer])
-        pieces[self._peers.rank].copy_(parts[self._peers.rank])
 
     def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
         """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
         up in fp32, on the current stream (every rank has to).
         """
         peers, pieces = self._peers, whole.chunk(self._peers.size)
+        slot = self._averages % SLOTS
         self._averages += 1
-        count, slot = self._averages, self._averages % SLOTS
         for peer in self._others:
-            peers.wait(peer, Signal.FREE, count - SLOTS)
+            peers.await_told(peer, Flag.FREE + slot)
             self._room(peer, slot, peers.rank)[: len(out)].copy_(pieces[peer])
-            peers.tell(peer, Signal.ARRIVED, count)
-        for peer in self._others:
-            peers.wait(peer, Signal.ARRIVED, count)
+            peers.tell(peer, Flag.ARRIVED + slot)
+        self._await_all(Flag.ARRIVED + slot)
         received = self._inboxes[peers.rank][slot, :, : len(out)]
         mean_of(pieces[peers.rank], received, out)
+        self._tell_all(Flag.FREE + slot)
+
+    def _tell_all(self, flag: int) -> None:
         for peer in self._others:
-            peers.tell(peer, Signal.FREE, count)
+            self._peers.tell(peer, flag)
+
+    def _await_all(self, flag: int) -> None:
+        for peer in self._others:
+            self._peers.await_told(peer, flag)
 
     def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
         """Where in its inbox a rank finds the contribution of another."""

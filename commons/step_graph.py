@@ -27,15 +27,18 @@ EAGER_STEPS = 1
 SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
 
 
-def graph_problems(config: TrainConfig, device_type: str, world_size: int) -> Iterator[str]:
-    """Where the passes cannot be recorded, one reason each."""
+def graph_problems(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> Iterator[str]:
+    """Where the passes cannot be recorded, one reason each. ``peer_copies``: ranks copy from each other's memory."""
     offload = config.offload_optim_frac or config.offload_param_frac
     rules = (
         (device_type != "cuda", "on a CPU"),
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
         (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
         (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
-        (config.data_parallel_size(world_size) > 1, "on several data-parallel ranks"),
+        (
+            config.data_parallel_size(world_size) > 1 and not peer_copies,
+            "on several data-parallel ranks without --peer_copies",
+        ),
         (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
         (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
         (config.precision == "fp16", "in fp16, which looks for infinities"),
@@ -46,17 +49,20 @@ def graph_problems(config: TrainConfig, device_type: str, world_size: int) -> It
     return (text for applies, text in rules if applies)
 
 
-def wants_graph(config: TrainConfig, device_type: str, world_size: int) -> bool:
+def wants_graph(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> bool:
     """Whether ``--cuda_graph`` asks for it here; "auto" wherever it is possible and blocks are compiled."""
     from commons.compiling import wants_compile
 
     if config.cuda_graph == "auto":
-        return wants_compile(config, device_type) and not any(graph_problems(config, device_type, world_size))
+        problems = graph_problems(config, device_type, world_size, peer_copies)
+        return wants_compile(config, device_type) and not any(problems)
     return config.cuda_graph == "on"
 
 
 def has_room(step_bytes: int) -> bool:
-    """Whether a step that took so much device memory beyond what is allocated now fits in once more, recorded."""
+    """Whether a step that took so much device memory beyond what is allocated now fits in once more, recorded, on this
+    rank.
+    """
     free, _ = torch.cuda.mem_get_info()
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return free + cached >= step_bytes * (1 + SPARE_SHARE) + SPARE_BYTES

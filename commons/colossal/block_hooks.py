@@ -373,13 +373,14 @@ def _let_the_host_run_ahead(stream: Any) -> None:
     The optimizer's launches then queue up behind the last gradients. An optimizer on the host has to wait itself.
     https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_ddp.py (``_post_backward``)
     """
+    stream.synchronize = lambda: join(stream)
 
-    def join() -> None:
-        current = _accelerator().current_stream()
-        stream.wait_stream(current)  # where passes are recorded (commons.step_graph) a stream has to belong to them
-        current.wait_stream(stream)
 
-    stream.synchronize = join
+def join(stream: Any) -> None:
+    """Let the current stream wait for another one."""
+    current = _accelerator().current_stream()
+    stream.wait_stream(current)  # where passes are recorded (commons.step_graph) a stream has to belong to them
+    current.wait_stream(stream)
 
 
 def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> BlockHooks | None:

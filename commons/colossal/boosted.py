@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from commons.colossal.chunks import blocks_first, chunk_configuration
@@ -99,13 +100,39 @@ class GraphedTrainable(BoostedTrainable):
             chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
 
     def _record(self, tokens: torch.Tensor) -> None:
-        if not has_room(self._step_bytes):
+        if not self._all_have_room():
             say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
             return
-        self._graph = StepGraph(super().forward, super().backward, tokens)
+        self._graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
         self.replayed_bytes = self._graph.peak_bytes
         self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
         say("forward and backward pass are recorded, and replayed from here on (--cuda_graph)")
+
+    def _all_have_room(self) -> bool:
+        """Whether every rank has room to record (collective): replayed passes meet only each other."""
+        room = torch.tensor(float(has_room(self._step_bytes)), device=torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(room, dist.ReduceOp.MIN)
+        return bool(room.item())
+
+    def _forward_alone(self, tokens: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(tokens)
+        self._join_gathers()
+        return loss
+
+    def _backward_alone(self, loss: torch.Tensor) -> None:
+        super().backward(loss)
+        self._join_gathers()
+
+    def _join_gathers(self) -> None:
+        """Wait for what is gathered ahead: nothing that one pass begins may end in the other, where they are recorded
+        apart.
+        """
+        from commons.colossal.block_hooks import join
+
+        manager: Any = self.model.gemini_manager
+        manager.wait_chunks(list(manager.async_works))
+        if manager.chunk_manager._prefetch_stream is not None:
+            join(manager.chunk_manager._prefetch_stream)
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
@@ -146,10 +173,11 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    graphed = wants_graph(config, device.type, device.world_size)
+    copies = wants_peer_copies(config, device)
+    graphed = wants_graph(config, device.type, device.world_size, copies)
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
-    if wants_peer_copies(config, device):
+    if copies:
         trainable.shared_bytes = share_parts(trainable.model, device).shared_bytes  # pyright: ignore[reportArgumentType]
     update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]

@@ -51,7 +51,7 @@ def scatter(self: Any) -> None:
         if _computes_here(self.cuda_global_chunk):
             free_storage(self.cuda_global_chunk)
         else:
-            _free_after_this_stream(self.cuda_global_chunk)
+            _free_after_this_stream(self.cuda_global_chunk, self.allocated_on)
     self.is_gathered = False
 
 
@@ -64,7 +64,10 @@ def gather(self: Any, async_op: bool = False) -> Any:
     """``Chunk.__gather``: on one rank the part is the whole already, or comes from the host and takes its place; by
     copies from the other ranks' memory where there are any (commons.colossal.peer_chunks).
     """
-    if self.is_gathered or not (_is_alone(self) or self.parts):
+    if self.is_gathered:
+        return None
+    self.allocated_on = get_accelerator().current_stream() if async_op else None
+    if not (_is_alone(self) or self.parts):
         return _gather(self, async_op)
     if self.parts:
         alloc_storage(self.cuda_global_chunk)
@@ -114,14 +117,17 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _free_after_this_stream(tensor: torch.Tensor) -> None:
-    """Free a tensor's storage that work already given to the current stream still reads, though another
-    stream allocated it.
+def _free_after_this_stream(tensor: torch.Tensor, allocated_on: Any = None) -> None:
+    """Free a tensor's storage that work already given to the current stream still reads, though another stream
+    allocated it: ``allocated_on``, which waits then, or the computing one, which is not to wait.
     """
-    if not is_storage_empty(tensor):
-        if tensor.is_cuda:
-            tensor.record_stream(get_accelerator().current_stream())  # pyright: ignore[reportArgumentType]
-        free_storage(tensor)
+    if is_storage_empty(tensor):
+        return
+    if tensor.is_cuda and allocated_on is None:
+        tensor.record_stream(get_accelerator().current_stream())  # pyright: ignore[reportArgumentType]
+    elif tensor.is_cuda:
+        allocated_on.wait_stream(get_accelerator().current_stream())
+    free_storage(tensor)
 
 
 def update_tensors_ptr(self: Any) -> None:
@@ -164,7 +170,7 @@ def reduce(self: Any, async_op: bool = False) -> None:
             self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True
         )
         work.wait()  # pyright: ignore[reportOptionalMemberAccess]
-    _free_after_this_stream(self.cuda_global_chunk)
+    _free_after_this_stream(self.cuda_global_chunk, self.allocated_on)
     self.is_gathered = False
     for info in self.tensors_info.values():
         self.tensor_state_cnter[info.state] -= 1
@@ -185,7 +191,7 @@ def mean_or_sum(chunk: Any) -> Any:
 def install() -> None:
     """Replace the methods of every chunk in this process."""
     Chunk.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]  (what upstream does)
-    Chunk.copies = Chunk.parts = None  # pyright: ignore[reportAttributeAccessIssue]  (peer_chunks gives them)
+    Chunk.copies = Chunk.parts = Chunk.allocated_on = None  # pyright: ignore[reportAttributeAccessIssue]  (peer_chunks gives them)
     Chunk._Chunk__scatter = scatter  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__gather = gather  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__update_tensors_ptr = update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,21 +25,21 @@ def share_parts(gemini: GeminiDDP, device: Device) -> PeerCopies:
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
         chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
-    _tell_passes(gemini, copies)
+    _meet_at_passes(gemini, copies)
     return copies
 
 
-def _tell_passes(gemini: Any, copies: PeerCopies) -> None:
-    """Have every call of the model tell the other ranks that the parts are ready: the optimizer, a checkpoint, or
-    whatever has written them, is through.
+def _meet_at_passes(gemini: Any, copies: PeerCopies) -> None:
+    """Have the ranks meet before every call of the model, when the optimizer, a checkpoint, or whatever has written the
+    parts, is through, and after one without gradients, so that the parts may be written again.
     """
     forward = gemini.forward
 
-    def told(*arguments: Any, **options: Any) -> Any:
-        copies.begin_pass()
+    def met(*arguments: Any, **options: Any) -> Any:
+        copies.meet()
         out = forward(*arguments, **options)
         if not torch.is_grad_enabled():
-            copies.end_without_gradients()
+            copies.meet()
         return out
 
-    gemini.forward = told
+    gemini.forward = met
