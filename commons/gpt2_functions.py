@@ -98,7 +98,7 @@ def gpt2_functions(
         recompute: what a block computes again on the way back: "off", "selective" or "on", see commons.recompute.
         fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
         fused_gelu: apply GELU inside of matrix products, see commons.feed_forward; not with fp8.
-        kernels: take the loss and the gradients of norms from commons.gpu_kernels.
+        kernels: take the loss and the norms from commons.gpu_kernels.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
@@ -160,8 +160,9 @@ def _layer_norm(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
 
 
 def _norm_and_residual(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = hidden if added is None else added + hidden
     return _layer_norm(hidden, weight, bias), hidden
 
 
@@ -194,7 +195,7 @@ def _block(
     bias_gradients_in_norm: bool,
 ) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
-    normed, hidden = norm(hidden, norm_1_weight, norm_1_bias)
+    normed, hidden = norm(hidden, None, norm_1_weight, norm_1_bias)
     qkv = linear(normed, qkv_weight, qkv_bias)
     # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side
     # by side as they lie
@@ -204,8 +205,8 @@ def _block(
     if bias_gradients_in_norm:
         biases = attention_out_bias, down_bias
         attention_out_bias, down_bias = (bias.detach() for bias in biases)
-    hidden = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout) + hidden
-    normed, hidden = norm(hidden, norm_2_weight, norm_2_bias, *biases)
+    attended = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout)
+    normed, hidden = norm(hidden, attended, norm_2_weight, norm_2_bias, *biases)
     return feed(normed, up_weight, up_bias, down_weight, down_bias, hidden)
 
 

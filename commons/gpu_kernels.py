@@ -1,6 +1,6 @@
 """Kernels in Triton for what the compiler does in more passes than it has to, or does not see: the softmax of the loss
-with its gradient, the gradient of a layer norm with all sums over rows that it can begin meanwhile, and the mean of
-tensors that came from other ranks.
+with its gradient, a layer norm with what is added before it, its gradient with all sums over rows that it can begin
+meanwhile, and the mean of tensors that came from other ranks.
 """
 
 from __future__ import annotations
@@ -101,6 +101,79 @@ def softmax_gradient_(
 
 
 # --- layer norm -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm(
+    hidden,
+    added,
+    weight,
+    bias,
+    normed,
+    residual,
+    means,
+    scales,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """One row. What is normed is the sum as it is stored, so that the way back sees the same."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    at = row * WIDTH + columns
+    value = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+        stored = value.to(residual.dtype.element_ty)
+        tl.store(residual + at, stored, mask=inside)
+        value = stored.to(tl.float32)
+    mean = tl.sum(value, 0) / WIDTH
+    centered = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered, 0) / WIDTH + EPS)
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, (centered * scale * factor + offset).to(normed.dtype.element_ty), mask=inside)
+    tl.store(means + row, mean)
+    tl.store(scales + row, scale)
+
+
+def norm(
+    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer norm of ``hidden + added``; see commons.layer_norm.
+
+    Args:
+        hidden, added: [rows, width], contiguous.
+        weight, bias: [width].
+
+    Returns:
+        The norm's result and the sum, like ``hidden``, and every row's mean and one over its standard deviation, fp32
+        [rows]. Without ``added`` the sum is empty.
+    """
+    rows, width = hidden.shape
+    block = triton.next_power_of_2(width)
+    normed = torch.empty_like(hidden)
+    residual = torch.empty_like(hidden) if added is not None else hidden.new_empty(0)
+    mean, scale = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    _on(rows, _norm)(
+        hidden,
+        hidden if added is None else added,
+        weight,
+        bias,
+        normed,
+        residual,
+        mean,
+        scale,
+        eps,
+        width,
+        block,
+        added is not None,
+        num_warps=min(8, max(1, block // 512)),
+    )
+    return normed, residual, mean, scale
+
 
 NORM_ELEMENTS = 4096  # a turn of the loop: as many rows as have so many
 NORM_WARPS = 4  # twice as many for rows of which fewer than four fit into a turn

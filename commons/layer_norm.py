@@ -1,11 +1,14 @@
-"""The layer norm at the head of a residual branch, with a gradient of one kernel on GPUs.
+"""The layer norm at the head of a residual branch, one kernel each way on GPUs.
 
-Its input goes two ways, through the norm and on as the residual, so on the way back there are two gradients to be added
-to one. The compiler does that and begins the sums for the norm's weight and bias in the same pass, but ends each of
-these sums with a kernel that takes longer than its data would. Here one kernel begins all sums over the rows, and one
-ends them. Two more come with them: the gradient of a bias is the sum over the rows of that of what it was added to, and
-through the kernel pass those for both biases around the norm, the last one added to its input and the one that will be
-added to the residual.
+On the way there the last branch's result is added in the same kernel. The compiler does so too, in kernels whose tile
+sizes it chooses by timing: for gpt2_xl's width that choice was up to four times slower in one run than in another.
+
+The norm's input goes two ways, through the norm and on as the residual, so on the way back there are two gradients to
+be added to one. The compiler does that and begins the sums for the norm's weight and bias in the same pass, but ends
+each of these sums with a kernel that takes longer than its data would. Here one kernel begins all sums over the rows,
+and one ends them. Two more come with them: the gradient of a bias is the sum over the rows of that of what it was added
+to, and through the kernel pass those for both biases around the norm, the last one added to its input and the one that
+will be added to the residual.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Any
 import torch
 
 OPERATORS = torch.library.Library("gemini_gpt2", "FRAGMENT")
+OPERATORS.define(
+    "norm(Tensor hidden, Tensor? added, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 OPERATORS.define(
     "norm_gradient(Tensor gradient, Tensor hidden, Tensor mean, Tensor scale, Tensor weight, Tensor passed, int sums)"
     " -> (Tensor, Tensor)"
@@ -36,6 +42,7 @@ def _strips(hidden: torch.Tensor) -> int:
 
 def norm_and_residual(
     hidden: torch.Tensor,
+    added: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     added_before: torch.Tensor | None = None,
@@ -43,18 +50,27 @@ def norm_and_residual(
     *,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``layer_norm(hidden)`` and ``hidden``, which goes on as the residual: use that one for it.
+    """``layer_norm(hidden + added)`` and ``hidden + added``, which goes on as the residual: use that one for it.
 
     Args:
-        hidden: [..., width].
+        hidden, added: [..., width]; None adds nothing.
         weight, bias: of the norm, [width].
-        added_before, added_later: both or none: a bias that was added to every row of ``hidden``, and one that will be
-            added to every row of the residual; [width]. Their gradients come from here, so detach them there.
+        added_before, added_later: both or none: a bias that was added to every row of ``hidden`` or ``added``, and one
+            that will be added to every row of the residual; [width]. Their gradients come from here, so detach them
+            there.
 
     Returns:
         Two tensors like ``hidden``.
     """
-    flat: Any = _NormAndResidual.apply(hidden.flatten(0, -2), weight, bias, eps, added_before, added_later)
+    flat: Any = _NormAndResidual.apply(
+        hidden.flatten(0, -2),
+        None if added is None else added.flatten(0, -2),
+        weight,
+        bias,
+        eps,
+        added_before,
+        added_later,
+    )
     normed, residual = (each.view(hidden.shape) for each in flat)
     return normed, residual
 
@@ -64,16 +80,20 @@ class _NormAndResidual(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
+        added: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
         eps: float,
         added_before: torch.Tensor | None,
         added_later: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, mean, scale = torch.native_layer_norm(hidden, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(hidden, mean, scale, weight)
+        normed, residual, mean, scale = torch.ops.gemini_gpt2.norm(hidden, added, weight, bias, eps)
+        if added is None:
+            residual = hidden.view_as(hidden)
+        ctx.save_for_backward(hidden if added is None else residual, mean, scale, weight)
+        ctx.adds = added is not None
         ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, added_before, added_later)]
-        return normed, hidden.view_as(hidden)
+        return normed, residual
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -87,7 +107,40 @@ class _NormAndResidual(torch.autograd.Function):
         of_weight, of_bias, *of_biases = (
             part.to(dtype) for part, dtype in zip(sums.unbind(), ctx.dtypes[:count], strict=True)
         )
-        return hidden_gradient, of_weight, of_bias, None, *(of_biases or (None, None))
+        added_gradient = hidden_gradient if ctx.adds else None
+        return hidden_gradient, added_gradient, of_weight, of_bias, None, *(of_biases or (None, None))
+
+
+def _norm(
+    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer norm of ``hidden + added``, the sum (empty without ``added``), and every row's mean and one over its
+    standard deviation, fp32.
+
+    Args:
+        hidden, added: [rows, width].
+        weight, bias: [width].
+    """
+    total = hidden if added is None else hidden + added
+    normed, mean, scale = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+    return normed, hidden.new_empty(0) if added is None else total, mean.float().view(-1), scale.float().view(-1)
+
+
+def _norm_on_gpu(
+    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from commons import gpu_kernels
+
+    return gpu_kernels.norm(hidden.contiguous(), None if added is None else added.contiguous(), weight, bias, eps)
+
+
+@torch.library.register_fake("gemini_gpt2::norm", lib=OPERATORS)
+def _norm_shapes(
+    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_rows = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)]
+    total = hidden.new_empty(0) if added is None else torch.empty_like(hidden)
+    return torch.empty_like(hidden), total, of_rows[0], of_rows[1]
 
 
 def _norm_gradient(
@@ -107,10 +160,11 @@ def _norm_gradient(
     Args:
         gradient: of the norm's result, [rows, width].
         hidden: the norm's input, [rows, width].
-        mean, scale: every row's mean and one over its standard deviation, as torch.native_layer_norm gives them.
+        mean, scale: every row's mean and one over its standard deviation, fp32 [rows].
         weight: [width].
         passed: the gradient of the residual, [rows, width].
     """
+    mean, scale = (each.view(-1, 1).to(weight.dtype) for each in (mean, scale))
     through, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
         gradient, hidden, weight.shape, mean, scale, weight, weight, [True, True, True]
     )
@@ -149,5 +203,7 @@ def _norm_gradient_shapes(
     return torch.empty_like(hidden), hidden.new_empty(_strips(hidden), sums, hidden.shape[1], dtype=torch.float32)
 
 
+OPERATORS.impl("norm", _norm, "CPU")
+OPERATORS.impl("norm", _norm_on_gpu, "CUDA")
 OPERATORS.impl("norm_gradient", _norm_gradient, "CPU")
 OPERATORS.impl("norm_gradient", _norm_gradient_on_gpu, "CUDA")

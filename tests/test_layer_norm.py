@@ -20,19 +20,20 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def operands(dtype: torch.dtype, device: str, rows: int, width: int) -> list[torch.Tensor]:
-    """Hidden states before their bias, weight and bias of the norm, and both biases around it."""
+    """Hidden states, what is added to them before its bias, weight and bias of the norm, and both biases around it."""
     generator = torch.Generator(device).manual_seed(0)
-    shapes = (2, rows // 2, width), (width,), (width,), (width,), (width,)
+    states = 2, rows // 2, width
+    shapes = states, states, (width,), (width,), (width,), (width,)
     return [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes]
 
 
-def suites(hidden, weight, bias, before, later):
-    normed, residual = norm_and_residual(hidden + before.detach(), weight, bias, before, later, eps=EPS)
+def suites(hidden, added, weight, bias, before, later):
+    normed, residual = norm_and_residual(hidden, added + before.detach(), weight, bias, before, later, eps=EPS)
     return normed * 2, residual + later.detach() + functional.silu(normed)
 
 
-def torchs(hidden, weight, bias, before, later):
-    residual = hidden + before
+def torchs(hidden, added, weight, bias, before, later):
+    residual = hidden + added + before
     normed = functional.layer_norm(residual, weight.shape, weight, bias, EPS)
     return normed * 2, residual + later + functional.silu(normed)
 
@@ -58,21 +59,29 @@ def test_results_and_gradients_are_those_of_the_written_out_norm(device, dtype, 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_without_biases_only_its_own_are_given_gradients(device):
-    arguments = operands(torch.float32, device, 32, 64)[:3]
+    hidden, _, weight, bias, *_ = operands(torch.float32, device, 32, 64)
+    arguments = [hidden, weight, bias]
 
     def plain(hidden, weight, bias):
         return functional.layer_norm(hidden, weight.shape, weight, bias, EPS), hidden
 
-    for got, wanted in zip(
-        outcome(functools.partial(norm_and_residual, eps=EPS), arguments), outcome(plain, arguments), strict=True
-    ):
+    def ours(hidden, weight, bias):
+        return norm_and_residual(hidden, None, weight, bias, eps=EPS)
+
+    for got, wanted in zip(outcome(ours, arguments), outcome(plain, arguments), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_operator_is_what_it_declares():
-    hidden, weight, *_ = (tensor.detach() for tensor in operands(torch.float32, "cpu", 40, 16))
-    hidden = hidden.flatten(0, 1)
-    _, mean, scale = torch.native_layer_norm(hidden, (16,), weight, weight, EPS)
+def test_the_operators_are_what_they_declare():
+    hidden, added, weight, *_ = (tensor.detach() for tensor in operands(torch.float32, "cpu", 40, 16))
+    hidden, added = hidden.flatten(0, 1), added.flatten(0, 1)
+    for other in (None, added):
+        torch.library.opcheck(
+            torch.ops.gemini_gpt2.norm.default,
+            (hidden, other, weight, weight, EPS),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    _, _, mean, scale = torch.ops.gemini_gpt2.norm(hidden, None, weight, weight, EPS)
     for sums in (2, 4):
         arguments = hidden, hidden, mean, scale, weight, hidden, sums
         torch.library.opcheck(
