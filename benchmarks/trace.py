@@ -17,12 +17,12 @@ from pathlib import Path
 
 # The first pattern that a kernel's name matches says what it is.
 KINDS = (
-    ("communication", r"nccl|symm_mem|multimem"),
-    ("copies between host and device", r"Memcpy (HtoD|DtoH|PtoP)"),
+    ("communication", r"nccl|symm_mem|multimem|Memcpy PtoP|^_mean$"),
+    ("copies between host and device", r"Memcpy (HtoD|DtoH)"),
     ("attention", r"fmha|flash|sdpa|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),
-    ("compiled pointwise work, norms, loss and Adam", r"^triton|^_\w+_gradient$"),
-    ("other copies and fills", r"[Cc]opy|Memset|[Ff]ill|CatArray|zero"),
+    ("compiled pointwise work, norms, loss and Adam", r"^triton|^_\w+$"),
+    ("other copies and fills", r"[Cc]opy|cpy|Memset|[Ff]ill|CatArray|zero"),
     ("other", r""),
 )
 BESIDE = ("communication", "copies between host and device")  # what should hide behind computation

@@ -68,6 +68,12 @@ def has_room(step_bytes: int) -> bool:
     return free + cached >= step_bytes * (1 + SPARE_SHARE) + SPARE_BYTES
 
 
+def join(stream: Any, current: Any) -> None:
+    """Let the stream ``current`` wait for another one. Where passes are recorded, ``stream`` has to belong to them."""
+    stream.wait_stream(current)
+    current.wait_stream(stream)
+
+
 class StepGraph:
     """One forward and one backward pass, recorded.
 

@@ -29,7 +29,7 @@ def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list
     "settings, reason",
     [
         ({"device_type": "cpu"}, "CPU"),
-        ({"world_size": 2}, "data-parallel ranks"),
+        ({"world_size": 2}, "data-parallel ranks without --peer_copies"),
         ({"distplan": "Pytorch_DDP"}, "Pytorch_DDP"),
         ({"gemini_hooks": "operation"}, "--gemini_hooks operation"),
         ({"tp_degree": 2, "world_size": 2}, "--tp_degree"),
@@ -95,12 +95,20 @@ def graphed(monkeypatch) -> Any:
     monkeypatch.setattr(boosted, "StepGraph", Recorded)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 1)
+    monkeypatch.setattr(boosted, "every_rank", lambda here: here)
     chunk = Chunk()
     calls: list[str] = []
 
     def model(input_ids, **_):
         calls.append("forward")
         return SimpleNamespace(loss=input_ids.sum())
+
+    def wait_chunks(chunks):
+        calls.extend(f"wait for {chunk}" for chunk in chunks)
+
+    model.gemini_manager = SimpleNamespace(
+        async_works={"the next": None}, wait_chunks=wait_chunks, chunk_manager=SimpleNamespace(_prefetch_stream=None)
+    )
 
     def backward(_loss, _optimizer):
         calls.append("backward")
@@ -118,7 +126,8 @@ def test_the_first_steps_are_launched_the_others_replayed(graphed, monkeypatch):
         graphed.chunk.l2_norm = None  # the optimizer has used it
         graphed.backward(graphed.forward(torch.full((2,), step)))
         assert graphed.chunk.l2_norm is not None
-    assert graphed.calls == ["forward", "backward"] * (EAGER_STEPS + 1)  # once more to record
+    recorded = ["forward", "wait for the next", "backward", "wait for the next"]  # no gather reaches into the other
+    assert graphed.calls == ["forward", "backward"] * EAGER_STEPS + recorded
     assert [int(tokens[0]) for tokens in graphed._graph.forwards] == [EAGER_STEPS, EAGER_STEPS + 1, EAGER_STEPS + 2]
     assert graphed._graph.backwards == 3 and graphed.replayed_bytes == 7
     with torch.no_grad():

@@ -35,6 +35,7 @@ from commons.gpt2_functions import (
     GPT2Functions,
     attention_backend,
 )
+from commons.step_graph import join
 
 # ColoParameter answers every operation, even a look at its .grad, in Python; nothing here needs to hear of it
 plain_tensors = torch._C.DisableTorchFunctionSubclass
@@ -373,14 +374,7 @@ def _let_the_host_run_ahead(stream: Any) -> None:
     The optimizer's launches then queue up behind the last gradients. An optimizer on the host has to wait itself.
     https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_ddp.py (``_post_backward``)
     """
-    stream.synchronize = lambda: join(stream)
-
-
-def join(stream: Any) -> None:
-    """Let the current stream wait for another one."""
-    current = _accelerator().current_stream()
-    stream.wait_stream(current)  # where passes are recorded (commons.step_graph) a stream has to belong to them
-    current.wait_stream(stream)
+    stream.synchronize = lambda: join(stream, _accelerator().current_stream())
 
 
 def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> BlockHooks | None:

@@ -16,7 +16,7 @@ from commons.config import TrainConfig
 from commons.device import Device, compute_dtype
 from commons.layout import Place, check_mesh
 from commons.peer_copies import wants_peer_copies
-from commons.step_graph import EAGER_STEPS, StepGraph, has_room, wants_graph
+from commons.step_graph import EAGER_STEPS, StepGraph, has_room, join, wants_graph
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
 from model_zoo import build_model
@@ -100,19 +100,13 @@ class GraphedTrainable(BoostedTrainable):
             chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
 
     def _record(self, tokens: torch.Tensor) -> None:
-        if not self._all_have_room():
+        if not every_rank(has_room(self._step_bytes)):  # replayed passes meet only each other
             say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
             return
         self._graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
         self.replayed_bytes = self._graph.peak_bytes
         self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
         say("forward and backward pass are recorded, and replayed from here on (--cuda_graph)")
-
-    def _all_have_room(self) -> bool:
-        """Whether every rank has room to record (collective): replayed passes meet only each other."""
-        room = torch.tensor(float(has_room(self._step_bytes)), device=torch.device("cuda", torch.cuda.current_device()))
-        dist.all_reduce(room, dist.ReduceOp.MIN)
-        return bool(room.item())
 
     def _forward_alone(self, tokens: torch.Tensor) -> torch.Tensor:
         loss = super().forward(tokens)
@@ -127,12 +121,17 @@ class GraphedTrainable(BoostedTrainable):
         """Wait for what is gathered ahead: nothing that one pass begins may end in the other, where they are recorded
         apart.
         """
-        from commons.colossal.block_hooks import join
-
         manager: Any = self.model.gemini_manager
         manager.wait_chunks(list(manager.async_works))
         if manager.chunk_manager._prefetch_stream is not None:
-            join(manager.chunk_manager._prefetch_stream)
+            join(manager.chunk_manager._prefetch_stream, torch.cuda.current_stream())
+
+
+def every_rank(here: bool) -> bool:
+    """Whether it is true on every rank with a GPU (collective)."""
+    there = torch.tensor(float(here), device=torch.device("cuda", torch.cuda.current_device()))
+    dist.all_reduce(there, dist.ReduceOp.MIN)
+    return bool(there.item())
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
