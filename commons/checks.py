@@ -557,7 +557,7 @@ def _peer_copies(job: Job) -> Iterator[str]:
 def _without_peer_copies(job: Job) -> Iterator[str]:
     from commons.peer_copies import peer_problems
 
-    return peer_problems(job.config, job.device_type, job.world_size, job.local_world_size, job.gpu_count)
+    return peer_problems(job.config, job.world_size, job.local_world_size)
 
 
 def _kernels(job: Job) -> Iterator[str]:

@@ -260,6 +260,16 @@ class PhaseClock:
         return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
+def every_rank(here: bool, device: torch.device) -> bool:
+    """Whether it is so on every rank, which compute on ``device`` (collective)."""
+    import torch
+    import torch.distributed as dist
+
+    everywhere = torch.tensor(float(here), device=device)
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere.item())
+
+
 @dataclass(frozen=True)
 class MemoryUse:
     """Memory of one rank, in MiB; the device's are NaN on a CPU."""

@@ -39,6 +39,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from commons.compiling import say
+from commons.device import every_rank
+
 if TYPE_CHECKING:
     from commons.config import TrainConfig
     from commons.device import Device
@@ -99,9 +102,30 @@ class GpuPeers:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.unseen_bytes = 0
         self._group = group
+        here = torch.cuda.current_device()
+        for there in range(self.size):
+            if there != here and not (
+                there < torch.cuda.device_count() and torch.cuda.can_device_access_peer(here, there)
+            ):
+                raise RuntimeError(f"no access from GPU {here} to GPU {there}")
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._handles: list[Any] = []  # what keeps the other ranks' memory mapped
         self._signals = self.share(len(Flag) * self.size, torch.int32)
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Raise a flag at every other rank and look whether theirs are up here, so that waiting for them ends."""
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        for peer in others:
+            self.tell(peer, Flag.BEGIN)
+        torch.cuda.synchronize()
+        dist.barrier(self._group)
+        if int(self._signals[self.rank].sum()) != len(others):
+            raise RuntimeError("what the other ranks write is not seen")
+        for peer in others:
+            self.await_told(peer, Flag.BEGIN)
+        torch.cuda.synchronize()
+        dist.barrier(self._group)  # the first flag in earnest finds them down
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
@@ -136,7 +160,7 @@ class GpuPeers:
             ctypes.c_uint(0),
         )
         if status:
-            raise RuntimeError(f"{function} returned {status}: use --peer_copies off")
+            raise RuntimeError(f"{function} returned {status}")
 
 
 class HostPeers:
@@ -285,10 +309,8 @@ def _has_kernels() -> bool:
     return fits()
 
 
-def peer_problems(
-    config: TrainConfig, device_type: str, world_size: int, local_world_size: int, gpu_count: int
-) -> Iterator[str]:
-    """Where nothing can be gathered by copies, one reason each. ``gpu_count``: GPUs that every process sees."""
+def peer_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
+    """Where nothing can be gathered by copies, one reason each."""
     offload = config.offload_optim_frac or config.offload_param_frac
     rules = (
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
@@ -298,30 +320,34 @@ def peer_problems(
         (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
         (config.data_parallel_size(world_size) == 1, "on one data-parallel rank, which has everything itself"),
         (world_size > local_world_size, "between the memories of several machines"),
-        (device_type == "cuda" and not _reach_each_other(gpu_count, world_size), "between GPUs without peer access"),
     )
     return (text for applies, text in rules if applies)
 
 
-@functools.cache
-def _reach_each_other(gpu_count: int, ranks: int) -> bool:
-    """Whether the GPUs of ``ranks`` can read and write each other's memory, as CUDA says; not where a process sees
-    fewer of them.
+def find_peers(config: TrainConfig, device: Device) -> Peers | None:
+    """All ranks, where ``--peer_copies`` asks for it and they reach each other's memory (collective).
+
+    Raises:
+        RuntimeError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
     """
-    pairs = ((one, other) for one in range(ranks) for other in range(ranks) if one != other)
-    return gpu_count >= ranks and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
-
-
-def wants_peer_copies(config: TrainConfig, device: Device) -> bool:
-    """Whether ``--peer_copies`` asks for it here; "auto" wherever GPUs can."""
-    if config.peer_copies != "auto":
-        return config.peer_copies == "on"
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-    gpu_count = torch.cuda.device_count() if device.type == "cuda" else 0
-    problems = peer_problems(config, device.type, device.world_size, local_world_size, gpu_count)
-    return device.type == "cuda" and not any(problems)
+    possible = not any(peer_problems(config, device.world_size, local_world_size))
+    if config.peer_copies == "off" or (config.peer_copies == "auto" and not (possible and device.type == "cuda")):
+        return None
+    peers, problem = None, None
+    try:
+        peers = _peers(device)
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+        problem = error
+    if every_rank(problem is None, device.torch_device):
+        return peers
+    text = f"the ranks do not reach each other's memory ({problem or 'as another rank says'})"
+    if "on" in (config.peer_copies, config.cuda_graph):
+        raise RuntimeError(f"{text}: use --peer_copies off and --cuda_graph off")
+    say(f"{text}: gradients and chunks go by NCCL (--peer_copies)")
+    return None
 
 
-def peers_of(device: Device, group: dist.ProcessGroup) -> Peers:
-    """The ranks of ``group``, all of one host (collective)."""
+def _peers(device: Device) -> Peers:
+    group: Any = dist.group.WORLD
     return GpuPeers(group) if device.type == "cuda" else HostPeers(group)

@@ -95,7 +95,7 @@ def graphed(monkeypatch) -> Any:
     monkeypatch.setattr(boosted, "StepGraph", Recorded)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 1)
-    monkeypatch.setattr(boosted, "every_rank", lambda here: here)
+    monkeypatch.setattr(boosted, "every_rank", lambda here, device: here)
     chunk = Chunk()
     calls: list[str] = []
 

@@ -6,16 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from commons.colossal.chunks import blocks_first, chunk_configuration
 from commons.colossal.runtime import prepare
 from commons.compiling import functions_for, run_as_functions, say, wants_compile, wants_functions
 from commons.config import TrainConfig
-from commons.device import Device, compute_dtype
+from commons.device import Device, compute_dtype, every_rank
 from commons.layout import Place, check_mesh
-from commons.peer_copies import wants_peer_copies
+from commons.peer_copies import find_peers
 from commons.step_graph import EAGER_STEPS, StepGraph, has_room, join, wants_graph
 from commons.trainables import Update
 from commons.weights import decay_groups, seeded_init_
@@ -100,7 +99,7 @@ class GraphedTrainable(BoostedTrainable):
             chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
 
     def _record(self, tokens: torch.Tensor) -> None:
-        if not every_rank(has_room(self._step_bytes)):  # replayed passes meet only each other
+        if not every_rank(has_room(self._step_bytes), tokens.device):  # replayed passes meet only each other
             say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
             return
         self._graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
@@ -125,13 +124,6 @@ class GraphedTrainable(BoostedTrainable):
         manager.wait_chunks(list(manager.async_works))
         if manager.chunk_manager._prefetch_stream is not None:
             join(manager.chunk_manager._prefetch_stream, torch.cuda.current_stream())
-
-
-def every_rank(here: bool) -> bool:
-    """Whether it is true on every rank with a GPU (collective)."""
-    there = torch.tensor(float(here), device=torch.device("cuda", torch.cuda.current_device()))
-    dist.all_reduce(there, dist.ReduceOp.MIN)
-    return bool(there.item())
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
@@ -172,12 +164,12 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     model = new_model(config, device, lazy=True)
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
-    copies = wants_peer_copies(config, device)
-    graphed = wants_graph(config, device.type, device.world_size, copies)
+    peers = find_peers(config, device)
+    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
-    if copies:
-        trainable.shared_bytes = share_parts(trainable.model, device).shared_bytes  # pyright: ignore[reportArgumentType]
+    if peers is not None:
+        trainable.shared_bytes = share_parts(trainable.model, peers).shared_bytes  # pyright: ignore[reportArgumentType]
     update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable

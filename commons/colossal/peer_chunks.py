@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
-from commons.device import Device
-from commons.peer_copies import PeerCopies, peers_of
+from commons.peer_copies import PeerCopies, Peers
 
 
-def share_parts(gemini: GeminiDDP, device: Device) -> PeerCopies:
+def share_parts(gemini: GeminiDDP, peers: Peers) -> PeerCopies:
     """Move this rank's parts of the chunks of ``gemini``, none of them gathered, to where the other ranks reach them
     (collective).
     """
     chunks: list[Any] = list(dict.fromkeys(gemini.chunk_manager.get_chunk(param) for param in gemini.fp16_params))
-    copies = PeerCopies(peers_of(device, gemini.zero_group), [chunk.shard_size for chunk in chunks], chunks[0].dtype)
+    copies = PeerCopies(peers, [chunk.shard_size for chunk in chunks], chunks[0].dtype)
     for chunk, parts in zip(chunks, copies.parts, strict=True):
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
