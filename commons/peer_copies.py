@@ -253,9 +253,8 @@ class PeerCopies:
         pass's meeting.
         """
         pieces = whole.chunk(self._peers.size)
-        for peer in self._others:
+        for peer in (*self._others, self._peers.rank):
             pieces[peer].copy_(parts[peer])
-        copy_here(parts[self._peers.rank], pieces[self._peers.rank])
 
     def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
         """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
@@ -284,18 +283,6 @@ class PeerCopies:
     def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
         """Where in its inbox a rank finds the contribution of another."""
         return self._inboxes[listener][slot, (teller - listener) % self._peers.size - 1]
-
-
-def copy_here(part: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy a flat tensor inside of one memory. The driver would do it by a kernel too, but by one that takes a few
-    multiprocessors for long, and without the stream's priority where it is recorded.
-    """
-    if part.is_cuda and _has_kernels():
-        from commons.gpu_kernels import mean_
-
-        mean_(part, part[None, :][:0], out)
-    else:
-        out.copy_(part)
 
 
 def mean_of(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:

@@ -24,21 +24,8 @@ def share_parts(gemini: GeminiDDP, peers: Peers) -> PeerCopies:
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
         chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
-    if chunks[0].cuda_shard.is_cuda:
-        _put_copies_first(gemini)
     _meet_at_passes(gemini, copies)
     return copies
-
-
-def _put_copies_first(gemini: Any) -> None:
-    """Give Gemini's streams for gathers and reductions priority over the computing one.
-
-    What they run on multiprocessors is short if it gets them all: between two matrix products, which leave it none.
-    Otherwise the next product begins beside it and waits for the few that it has.
-    """
-    gemini.async_reduce_stream = torch.cuda.Stream(priority=-1)
-    if gemini.chunk_manager._prefetch_stream is not None:
-        gemini.chunk_manager._prefetch_stream = torch.cuda.Stream(priority=-1)
 
 
 def _meet_at_passes(gemini: Any, copies: PeerCopies) -> None:
