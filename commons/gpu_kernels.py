@@ -288,8 +288,9 @@ def _mean(own, others, out, elements, stride, OTHERS: tl.constexpr, BLOCK: tl.co
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
     total = tl.load(own + at, mask=mask).to(tl.float32)
-    for row in tl.static_range(OTHERS):
-        total += tl.load(others + row * stride + at, mask=mask).to(tl.float32)
+    for _ in tl.static_range(OTHERS):
+        total += tl.load(others + at, mask=mask).to(tl.float32)
+        others += stride
     tl.store(out + at, (total / (OTHERS + 1)).to(out.dtype.element_ty), mask=mask)
 
 

@@ -12,11 +12,12 @@ waits for it and takes it down before it does anything that lets it be raised ag
 - ``BEGIN`` and its like: the stream has come to a point where all ranks wait for each other. Behind it the teller's
   parts do not change until the pass over the model is through.
 - ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
-- ``FREE``: the teller has read what the listener had written into the teller's inbox.
 
-All ranks average the same tensors in the same order. A part may be overwritten by its average: each contribution comes
-from a rank that has passed its last use of the tensor, so that no one still reads the part. No number in it changes
-from step to step, so that it can be recorded (commons.step_graph).
+All ranks average the same tensors in the same order, on one stream each. A part may be overwritten by its average: each
+contribution comes from a rank that has passed its last use of the tensor, so that no one still reads the part. Nor is
+an inbox written too early: a rank's contribution to the average after the next one waits for all others' to the next,
+and each of these is behind the reading of the one before. No number in it changes from step to step, so that it can be
+recorded (commons.step_graph).
 
 On a CPU the ranks of a host share memory in files, and the same order of things is kept by looking at the flags.
 """
@@ -27,24 +28,27 @@ import ctypes
 import functools
 import mmap
 import os
+import platform
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from commons.compiling import say
-from commons.device import every_rank
+from commons.ending import RunError
 
 if TYPE_CHECKING:
     from commons.config import TrainConfig
     from commons.device import Device
+
+Result = TypeVar("Result")
 
 SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
 ALIGNED_ELEMENTS = 128  # parts begin at a multiple, so that wide copies and kernels find them aligned
@@ -59,8 +63,6 @@ class Flag(IntEnum):
     BEGIN_RECORDED = 2  # where passes are replayed, they meet here always, and no one else does
     ARRIVED = 3
     ARRIVED_TOO = 4
-    FREE = 5
-    FREE_TOO = 6
 
 
 class Peers(Protocol):
@@ -92,6 +94,25 @@ class Peers(Protocol):
         ...
 
 
+def _on_all(group: dist.ProcessGroup, attempt: Callable[[], Result]) -> Result:
+    """What ``attempt`` returns (collective).
+
+    Raises:
+        RuntimeError: it failed on a rank; on every one.
+    """
+    result, problem = None, None
+    try:
+        result = attempt()
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group)
+    for rank, told in enumerate(problems):
+        if told is not None:
+            raise RuntimeError(f"rank {rank}: {told}")
+    return result  # pyright: ignore[reportReturnType]
+
+
 class GpuPeers:
     """GPUs of one host, through torch's symmetric memory and stream memory operations.
 
@@ -102,40 +123,49 @@ class GpuPeers:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.unseen_bytes = 0
         self._group = group
-        here = torch.cuda.current_device()
-        for there in range(self.size):
-            if there != here and not (
-                there < torch.cuda.device_count() and torch.cuda.can_device_access_peer(here, there)
-            ):
-                raise RuntimeError(f"no access from GPU {here} to GPU {there}")
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver = _on_all(group, self._find_driver)
         self._handles: list[Any] = []  # what keeps the other ranks' memory mapped
         self._signals = self.share(len(Flag) * self.size, torch.int32)
         self._try_out()
 
+    def _find_driver(self) -> ctypes.CDLL:
+        here, count = torch.cuda.current_device(), torch.cuda.device_count()
+        for there in range(self.size):
+            if there != here and (there >= count or not torch.cuda.can_device_access_peer(here, there)):
+                raise RuntimeError(f"no access from GPU {here} to GPU {there}")
+        return ctypes.CDLL("libcuda.so.1")
+
     def _try_out(self) -> None:
         """Raise a flag at every other rank and look whether theirs are up here, so that waiting for them ends."""
         others = [peer for peer in range(self.size) if peer != self.rank]
-        for peer in others:
-            self.tell(peer, Flag.BEGIN)
-        torch.cuda.synchronize()
-        dist.barrier(self._group)
-        if int(self._signals[self.rank].sum()) != len(others):
-            raise RuntimeError("what the other ranks write is not seen")
-        for peer in others:
-            self.await_told(peer, Flag.BEGIN)
-        torch.cuda.synchronize()
-        dist.barrier(self._group)  # the first flag in earnest finds them down
+
+        def tell() -> None:
+            for peer in others:
+                self.tell(peer, Flag.BEGIN)
+            torch.cuda.synchronize()
+
+        def look() -> None:
+            if int(self._signals[self.rank].sum()) != len(others):
+                raise RuntimeError("what other ranks write is not seen")
+            for peer in others:
+                self.await_told(peer, Flag.BEGIN)
+            torch.cuda.synchronize()
+
+        _on_all(self._group, tell)
+        _on_all(self._group, look)  # the first flag in earnest finds them down
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
 
-        before = torch.cuda.memory_allocated()
-        own = symmetric.empty(elements, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
-        self.unseen_bytes += own.nbytes - (torch.cuda.memory_allocated() - before)
-        handle: Any = symmetric.rendezvous(own, self._group)
+        def allocate() -> torch.Tensor:
+            before = torch.cuda.memory_allocated()
+            own = symmetric.empty(elements, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+            self.unseen_bytes += own.nbytes - (torch.cuda.memory_allocated() - before)
+            return own.zero_()
+
+        own = _on_all(self._group, allocate)
+        handle: Any = _on_all(self._group, lambda: symmetric.rendezvous(own, self._group))
         self._handles.append(handle)
-        own.zero_()
         torch.cuda.synchronize()
         dist.barrier(self._group)  # no one writes into what another has yet to fill with zeros
         return [own if peer == self.rank else handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
@@ -172,27 +202,39 @@ class HostPeers:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.unseen_bytes = 0
         self._group = group
+        _on_all(group, self._check_processor)
         self._signals = self.share(len(Flag) * self.size, torch.int32)
 
+    def _check_processor(self) -> None:
+        """What is written first has to be seen first; other processors do not keep to it by themselves."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            raise RuntimeError(f"on {platform.machine()} processors")
+
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        files: list[Any] = [None] * self.size
-        shm = Path("/dev/shm")
-        folder = shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+        memory = Path("/dev/shm")
+        folder = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         own = folder / f"gemini-gpt2-{uuid.uuid4().hex}"
-        dist.all_gather_object(files, str(own), self._group)
         nbytes = elements * dtype.itemsize
-        try:
+
+        def create() -> None:
             with open(own, "xb") as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes)  # fails where there is no room, and not at a later write
-            dist.barrier(self._group)
+
+        def map_all() -> list[mmap.mmap]:
             maps = []
-            for name in files:
+            for name in names:
                 with open(name, "r+b") as file:
                     maps.append(mmap.mmap(file.fileno(), nbytes))
-            dist.barrier(self._group)
+            return maps
+
+        names: list[Any] = [None] * self.size
+        try:
+            _on_all(self._group, create)
+            dist.all_gather_object(names, str(own), self._group)
+            maps = _on_all(self._group, map_all)
         finally:
             own.unlink(missing_ok=True)
-        return [torch.frombuffer(memory, dtype=dtype) for memory in maps]
+        return [torch.frombuffer(each, dtype=dtype) for each in maps]
 
     def tell(self, peer: int, flag: int) -> None:
         self._signals[peer][flag * self.size + self.rank] = 1
@@ -233,8 +275,6 @@ class PeerCopies:
             inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
         ]
         self.shared_bytes = peers.unseen_bytes
-        for flag in (Flag.FREE, Flag.FREE_TOO):
-            self._tell_all(flag)
 
     def meet(self) -> None:
         """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
@@ -264,13 +304,11 @@ class PeerCopies:
         slot = self._averages % SLOTS
         self._averages += 1
         for peer in self._others:
-            peers.await_told(peer, Flag.FREE + slot)
             self._room(peer, slot, peers.rank)[: len(out)].copy_(pieces[peer])
             peers.tell(peer, Flag.ARRIVED + slot)
         self._await_all(Flag.ARRIVED + slot)
         received = self._inboxes[peers.rank][slot, :, : len(out)]
         mean_of(pieces[peers.rank], received, out)
-        self._tell_all(Flag.FREE + slot)
 
     def _tell_all(self, flag: int) -> None:
         for peer in self._others:
@@ -294,7 +332,7 @@ def mean_of(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
 
         mean_(own, others, out)
         return
-    total = own.float()
+    total = own.to(torch.float32, copy=True)
     for other in others:
         total += other
     out.copy_(total.div_(1 + len(others)))
@@ -328,22 +366,19 @@ def find_peers(config: TrainConfig, device: Device) -> Peers | None:
     """All ranks, where ``--peer_copies`` asks for it and they reach each other's memory (collective).
 
     Raises:
-        RuntimeError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
+        RunError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
     """
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
     possible = not any(peer_problems(config, device.world_size, local_world_size))
     if config.peer_copies == "off" or (config.peer_copies == "auto" and not (possible and device.type == "cuda")):
         return None
-    peers, problem = None, None
     try:
-        peers = _peers(device)
-    except (RuntimeError, OSError, AttributeError, ImportError) as error:
-        problem = error
-    if every_rank(problem is None, device.torch_device):
-        return peers
-    text = f"the ranks do not reach each other's memory ({problem or 'as another rank says'})"
-    if "on" in (config.peer_copies, config.cuda_graph):
-        raise RuntimeError(f"{text}: use --peer_copies off and --cuda_graph off")
+        return _peers(device)
+    except RuntimeError as error:
+        text = f"the ranks do not reach each other's memory ({error})"
+    wanted = [f"--{name} off" for name in ("peer_copies", "cuda_graph") if getattr(config, name) == "on"]
+    if wanted:
+        raise RunError(f"{text}: use {' and '.join(wanted)}")
     say(f"{text}: gradients and chunks go by NCCL (--peer_copies)")
     return None
 

@@ -137,6 +137,8 @@ class ChunkGradients:
             target.copies = chunk.copies  # pyright: ignore[reportAttributeAccessIssue]
             manager.reduce_chunk(target, async_op=stream is not None)
             target.wait_async_reduce()
+            # without labels upstream's hooks divide the sum themselves
+            target.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]
             if target is not chunk:
                 manager.release_chunk(chunk)
             if chunk.pg_size > 1 and self._reductions[chunk] == dist.ReduceOp.SUM:

@@ -165,6 +165,8 @@ def reduce(self: Any, async_op: bool = False) -> None:
         self.cuda_shard = torch.empty(self.shard_size, dtype=self.dtype, device=get_accelerator().get_current_device())
     if self.copies:
         self.copies.average(self.cuda_global_chunk, self.cuda_shard)
+        if self.reduction == dist.ReduceOp.SUM:
+            self.cuda_shard.mul_(self.pg_size)
     else:
         work = dist.reduce_scatter_tensor(
             self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True

@@ -1,0 +1,276 @@
+"""Ranks that copy from each other's memory, each at a pace of its own. For torchrun; fails by assertion.
+
+``copies``: tensors gathered and averaged, against what every rank must have written.
+``training``: gpt2_tiny under Gemini with ``--peer_copies on``, against ``off``. For two ranks, whose mean is exact.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commons import device, peer_copies
+from commons.config import TrainConfig
+from commons.ending import RunError
+from commons.engine import build_session, train_steps
+from commons.peer_copies import HostPeers, PeerCopies, find_peers
+
+HANGS_SECONDS = 100  # after which every rank shows where it is, and ends
+FILES = "gemini-gpt2-"  # what the names of those begin with that ranks share memory through
+
+ROUNDS = 60
+# elements of a part: multiples of what parts are aligned to, others, and fewer than that
+PART_SIZES = [384, 1, 127, 128, 1000, 129, 4096]
+INFERENCE = 4  # every so many rounds, one averages nothing
+# integers up to these are exact in the dtype, and so are their sums in fp32
+LARGEST = {torch.bfloat16: 256, torch.float32: 1 << 20}
+
+
+class UnevenPeers(HostPeers):
+    """Ranks that stop for a random while wherever they tell each other something, so that a missing wait shows."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._pauses = random.Random(dist.get_rank(group))
+        self.recorded = False
+        super().__init__(group)
+
+    def tell(self, peer: int, flag: int) -> None:
+        self.pause()
+        super().tell(peer, flag)
+        self.pause()
+
+    def await_told(self, peer: int, flag: int) -> None:
+        self.pause()
+        super().await_told(peer, flag)
+        self.pause()
+
+    def recording(self) -> bool:
+        return self.recorded
+
+    def pause(self) -> None:
+        """Mostly none; sometimes long enough for the others to get far ahead."""
+        if self._pauses.random() < 0.05:
+            time.sleep(self._pauses.choice((1e-4, 5e-4, 3e-3)))
+
+
+def numbers(dtype: torch.dtype, elements: int, *of: int) -> torch.Tensor:
+    """Integers that ``of`` alone decides, the same on all ranks."""
+    generator = torch.Generator().manual_seed(int.from_bytes(bytes(of), "big"))
+    return torch.randint(-LARGEST[dtype], LARGEST[dtype] + 1, (elements,), generator=generator).to(dtype)
+
+
+def check_copies(here: device.Device, dtype: torch.dtype) -> None:
+    """Rounds as Gemini's steps: parts are written, gathered in order, gathered again in the opposite order, each with
+    an average after it, into the part's place or elsewhere. Some average nothing, as inference. From the middle on the
+    others meet and use slots as passes do that were recorded once.
+    """
+    group: Any = dist.group.WORLD
+    peers = UnevenPeers(group)
+    copies = PeerCopies(peers, PART_SIZES, dtype)
+    assert [len(part) for parts in copies.parts for part in parts] == [n for n in PART_SIZES for _ in range(peers.size)]
+    tensors = range(len(PART_SIZES))
+    ranks = range(peers.size)
+    wholes = [torch.empty(peers.size * size, dtype=dtype) for size in PART_SIZES]
+
+    def gather(turn: int, index: int) -> None:
+        copies.gather(copies.parts[index], wholes[index])
+        written = torch.cat([numbers(dtype, PART_SIZES[index], 0, turn, index, rank) for rank in ranks])
+        assert wholes[index].equal(written), (turn, index)
+
+    def average(turn: int, index: int) -> None:
+        own, size = copies.parts[index][here.rank], PART_SIZES[index]
+        in_place = (turn + index) % 3 > 0
+        out, before = own if in_place else torch.empty(size, dtype=dtype), own.clone()
+        given = [numbers(dtype, len(wholes[index]), 1, turn, index, rank) for rank in ranks]
+        copies.average(given[here.rank].clone(), out)
+        total = sum(whole.double() for whole in given)
+        assert isinstance(total, torch.Tensor)
+        pieces = (total.float() / peers.size).to(dtype).chunk(peers.size)
+        assert out.equal(pieces[here.rank]), (turn, index)
+        assert in_place or own.equal(before), (turn, index)
+
+    for turn in range(ROUNDS):
+        inference = turn % INFERENCE == 1
+        peers.recorded = turn > ROUNDS // 2 and not inference
+        if peers.recorded:
+            copies._averages = 1  # the first slot and the last are the same, so that it is used twice in turn
+        for index in tensors:
+            peers.pause()
+            copies.parts[index][here.rank].copy_(numbers(dtype, PART_SIZES[index], 0, turn, index, here.rank))
+        copies.meet()
+        for index in tensors:
+            peers.pause()
+            gather(turn, index)
+        if inference:
+            copies.meet()
+            continue
+        for index in reversed(tensors):
+            peers.pause()
+            gather(turn, index)
+            average(turn, index)
+    check_flags(copies)
+
+
+def check_flags(copies: PeerCopies) -> None:
+    """When all is over, nothing is told that no one has waited for."""
+    peers: Any = copies._peers
+    dist.barrier()
+    assert not peers._signals[peers.rank].any()
+
+
+def check_files(here: device.Device) -> None:
+    """A file that ranks share has no name any more when they do: there, where there is no /dev/shm, and where there is
+    no room, which is told with the way out.
+    """
+    group: Any = dist.group.WORLD
+    kept = HostPeers(group).share(1000, torch.float32)
+    dist.barrier()  # every rank takes its own file's name
+    assert len(shared_files()) >= len(kept)
+    assert all(line.endswith("(deleted)") for line in shared_files())
+    folder = Path(tempfile.gettempdir())
+    writable, limits = peer_copies.os.access, resource.getrlimit(resource.RLIMIT_FSIZE)
+    peer_copies.os.access = lambda *_, **__: False
+    try:
+        kept += HostPeers(group).share(1000, torch.float32)
+        dist.barrier()
+        assert sum(str(folder) in line for line in shared_files()) >= here.world_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+        find_peers(TrainConfig(peer_copies="on"), here)
+        raise AssertionError("there was room after all")
+    except RunError as error:
+        assert "do not reach each other" in str(error) and "use --peer_copies off" in str(error), error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        peer_copies.os.access = writable
+    dist.barrier()
+    assert not list(folder.glob(f"{FILES}*")) and all(line.endswith("(deleted)") for line in shared_files())
+
+
+def shared_files() -> list[str]:
+    """The files that this process has mapped, a line each."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if FILES in line]
+
+
+STEPS = 4
+LATE_SECONDS = 0.03
+COMMON = (
+    f"--model_type gpt2_tiny --batch_size 4 --seq_len 64 --lr 1e-3 --train_step {STEPS} --warmup_step 1"
+    " --compile off --run_name unused"
+)
+CASES = {
+    "defaults": "",
+    "several chunks, gathered ahead": "--blocks_per_chunk 1 --max_prefetch 2",
+    "accumulation, clipping": "--blocks_per_chunk 1 --grad_accum 2 --clip_grad_norm 0.5",
+    "fp16": "--blocks_per_chunk 1 --precision fp16 --clip_grad_norm 0.5",
+    "fp16 that overflows": "--blocks_per_chunk 1 --precision fp16 --initial_loss_scale 4294967296",
+    "half sharded": "--blocks_per_chunk 1 --shard_param_frac 0.5 --max_prefetch 2",
+}
+
+
+def check_training(here: device.Device) -> None:
+    """The same losses and norms to the bit, and no collective of the process group for a chunk."""
+    peer_copies._peers = lambda _: UnevenPeers(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    for name, flags in CASES.items():
+        found = {}
+        for choice in ("on", "off"):
+            config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
+            session = build_session(config, here)
+            assert session.header()["peer_copies"] == (choice == "on")
+            with Collectives() as counts:
+                records = [(step.loss, step.grad_norm, step.skipped_steps) for step in train_steps(session)]
+            chunks, batches = chunks_of(session), STEPS * config.grad_accum
+            if choice == "on":
+                assert counts == {"gathers": STEPS}, counts  # of what is recorded of a step
+                for chunk in chunks:
+                    assert chunk.cuda_shard.data_ptr() == chunk.parts[here.rank].data_ptr()
+                    assert chunk.memory_usage == {"cuda": chunk.shard_mem, "cpu": 0}
+            else:
+                assert counts["gathers"] >= STEPS + batches * len(chunks)
+                assert counts["reductions"] == batches * len(chunks)
+            found[choice] = records, [inferred(session, seed) for seed in range(3)], of_own_loss(session)
+        if here.rank == 0:
+            print(name, found["on"], flush=True)
+        assert found["on"] == found["off"], name
+        records, inferences, _ = found["on"]
+        assert len({loss for loss, _, _ in records}) == STEPS and len(set(inferences)) == len(inferences)
+        assert ("overflows" in name) == (records[-1][2] > 0), name
+
+
+def inferred(session: Any, seed: int) -> float:
+    """The loss with other weights than before, which are loaded as soon as the last inference is through. One rank is
+    behind the others when it begins to gather them.
+    """
+    rank, model = session.device.rank, session.trainable.model
+    for index, chunk in enumerate(chunks_of(session)):
+        generator = torch.Generator().manual_seed(1000 * seed + 10 * index + rank)
+        chunk.cuda_shard.copy_(0.02 * torch.randn(chunk.shard_size, generator=generator))
+    late = model.module.register_forward_pre_hook(lambda *_: time.sleep(LATE_SECONDS * (rank == seed % 2)))
+    try:
+        with torch.no_grad():
+            return session.trainable.forward(torch.arange(64).view(1, 64) + seed).item()
+    finally:
+        late.remove()
+
+
+def of_own_loss(session: Any) -> list[float]:
+    """Norms of gradients of a loss that is not the model's: without labels there is a hook an operation."""
+    trainable = session.trainable
+    logits = trainable.model(input_ids=torch.arange(64).view(1, 64) + session.device.rank).logits
+    trainable.backward(logits.float().square().mean())
+    ends = [(chunk.grad_chunk or chunk, chunk.get_valid_length()) for chunk in chunks_of(session)]
+    return [chunk.payload[:end].double().norm().item() for chunk, end in ends]
+
+
+def chunks_of(session: Any) -> tuple[Any, ...]:
+    gemini = session.trainable.model
+    return gemini.chunk_manager.get_chunks(gemini.fp16_params)
+
+
+class Collectives:
+    """Counts the gathers and reductions that the process groups are asked for inside."""
+
+    NAMES = (("all_gather_into_tensor", "gathers"), ("reduce_scatter_tensor", "reductions"))
+
+    def __enter__(self) -> Counter:
+        self.counts: Counter = Counter()
+        self._originals = [(name, getattr(dist, name)) for name, _ in self.NAMES]
+        for name, word in self.NAMES:
+            setattr(dist, name, self._counted(getattr(dist, name), word))
+        return self.counts
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self._originals:
+            setattr(dist, name, original)
+
+    def _counted(self, original: Any, word: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.counts[word] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
+    here = device.launch("cpu", 60)
+    if sys.argv[1] == "training":
+        check_training(here)
+    else:
+        for dtype in LARGEST:
+            check_copies(here, dtype)
+        check_files(here)
+    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+
+
+if __name__ == "__main__":
+    main()
