@@ -409,7 +409,7 @@ def _works(job: Job, **degrees: int) -> bool:
 ABILITIES: dict[str, tuple[str, ...]] = {
     "placement": (
         "placement", *FRACTIONS, "warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "max_prefetch",
-        "blocks_per_chunk", "gemini_hooks",
+        "blocks_per_chunk", "gemini_hooks", "peer_copies",
     ),
     "tensor_parallel": ("tp_degree",),
     "sequence_parallel": ("sequence_parallel",),

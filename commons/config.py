@@ -199,7 +199,8 @@ class MachineFlags:
     cuda_graph: Literal["auto", "on", "off"] = _flag(
         "auto",
         "Gemini: record the forward and the backward pass once and replay them, so that the GPU does not wait for the"
-        " host; auto: on one GPU with compiled blocks, where nothing is offloaded, accumulated, dropped or in fp16",
+        " host; auto: with compiled blocks on one GPU, or on several under --peer_copies, where nothing is offloaded,"
+        " accumulated, dropped or in fp16",
     )
     timeout: float = _flag(
         600.0,

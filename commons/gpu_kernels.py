@@ -170,7 +170,7 @@ def norm(
         width,
         block,
         added is not None,
-        num_warps=min(8, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 512)),
     )
     return normed, residual, mean, scale
 

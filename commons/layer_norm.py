@@ -131,6 +131,8 @@ def _norm_on_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from commons import gpu_kernels
 
+    if added is not None and added.shape != hidden.shape:
+        raise ValueError(f"{tuple(added.shape)} cannot be added to {tuple(hidden.shape)}")
     return gpu_kernels.norm(hidden.contiguous(), None if added is None else added.contiguous(), weight, bias, eps)
 
 
@@ -139,8 +141,8 @@ def _norm_shapes(
     hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     of_rows = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)]
-    total = hidden.new_empty(0) if added is None else torch.empty_like(hidden)
-    return torch.empty_like(hidden), total, of_rows[0], of_rows[1]
+    total = hidden.new_empty(0) if added is None else hidden.new_empty(hidden.shape)
+    return hidden.new_empty(hidden.shape), total, of_rows[0], of_rows[1]
 
 
 def _norm_gradient(

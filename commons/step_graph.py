@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from commons.peer_copies import chunk_problems
+
 if TYPE_CHECKING:
     from commons.config import TrainConfig
 
@@ -27,26 +29,26 @@ EAGER_STEPS = 1
 SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
 
 
-def graph_problems(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> Iterator[str]:
+def graph_problems(
+    config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False
+) -> tuple[str, ...]:
     """Where the passes cannot be recorded, one reason each. ``peer_copies``: ranks copy from each other's memory."""
-    offload = config.offload_optim_frac or config.offload_param_frac
+    several = config.data_parallel_size(world_size) > 1
     rules = (
         (device_type != "cuda", "on a CPU"),
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
-        (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
-        (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
+        (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
+        # freed beside the computing stream, which a recording does only at its end
         (
-            config.data_parallel_size(world_size) > 1 and not peer_copies,
-            "on several data-parallel ranks without --peer_copies",
+            several and config.max_prefetch == 0,
+            "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",
         ),
-        (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
-        (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
         (config.precision == "fp16", "in fp16, which looks for infinities"),
         (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
         (config.dropout > 0, "under --dropout"),
         (config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
     )
-    return (text for applies, text in rules if applies)
+    return (*(text for applies, text in rules if applies), *chunk_problems(config))
 
 
 def wants_graph(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> bool:
@@ -55,7 +57,7 @@ def wants_graph(config: TrainConfig, device_type: str, world_size: int, peer_cop
 
     if config.cuda_graph == "auto":
         problems = graph_problems(config, device_type, world_size, peer_copies)
-        return wants_compile(config, device_type) and not any(problems)
+        return wants_compile(config, device_type) and not problems
     return config.cuda_graph == "on"
 
 

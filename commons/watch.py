@@ -43,7 +43,7 @@ NOT_RUNNING = {
     "Z": "its process has ended",
 }
 # in the innermost line of a rank that waits for other ranks, or for the device, which waits for them
-WAITING_FILE = re.compile(r'File "[^"]*/torch/(distributed|cuda|nn/parallel)/')
+WAITING_FILE = re.compile(r'File "[^"]*/(torch/(distributed|cuda|nn/parallel)/|commons/peers\.py)')
 WAITING_CODE = re.compile(
     r"\.(wait|item|tolist|synchronize)\(|barrier|broadcast|all_gather|all_reduce|reduce_scatter|recv|run_backward"
 )

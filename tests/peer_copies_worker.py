@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commons import device, peer_copies
+from commons import device, peer_copies, peers
 from commons.config import TrainConfig
 from commons.ending import RunError
 from commons.engine import build_session, train_steps
-from commons.peer_copies import HostPeers, PeerCopies, find_peers
+from commons.peer_copies import Flag, PeerCopies, find_peers
+from commons.peers import HostPeers
 
 HANGS_SECONDS = 100  # after which every rank shows where it is, and ends
 FILES = "gemini-gpt2-"  # what the names of those begin with that ranks share memory through
@@ -39,10 +40,10 @@ LARGEST = {torch.bfloat16: 256, torch.float32: 1 << 20}
 class UnevenPeers(HostPeers):
     """Ranks that stop for a random while wherever they tell each other something, so that a missing wait shows."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, flags: int = len(Flag)) -> None:
         self._pauses = random.Random(dist.get_rank(group))
         self.recorded = False
-        super().__init__(group)
+        super().__init__(group, flags)
 
     def tell(self, peer: int, flag: int) -> None:
         self.pause()
@@ -75,12 +76,14 @@ def check_copies(here: device.Device, dtype: torch.dtype) -> None:
     others meet and use slots as passes do that were recorded once.
     """
     group: Any = dist.group.WORLD
-    peers = UnevenPeers(group)
-    copies = PeerCopies(peers, PART_SIZES, dtype)
-    assert [len(part) for parts in copies.parts for part in parts] == [n for n in PART_SIZES for _ in range(peers.size)]
+    uneven = UnevenPeers(group)
+    copies = PeerCopies(uneven, PART_SIZES, dtype)
+    assert [len(part) for parts in copies.parts for part in parts] == [
+        n for n in PART_SIZES for _ in range(uneven.size)
+    ]
     tensors = range(len(PART_SIZES))
-    ranks = range(peers.size)
-    wholes = [torch.empty(peers.size * size, dtype=dtype) for size in PART_SIZES]
+    ranks = range(uneven.size)
+    wholes = [torch.empty(uneven.size * size, dtype=dtype) for size in PART_SIZES]
 
     def gather(turn: int, index: int) -> None:
         copies.gather(copies.parts[index], wholes[index])
@@ -95,27 +98,27 @@ def check_copies(here: device.Device, dtype: torch.dtype) -> None:
         copies.average(given[here.rank].clone(), out)
         total = sum(whole.double() for whole in given)
         assert isinstance(total, torch.Tensor)
-        pieces = (total.float() / peers.size).to(dtype).chunk(peers.size)
+        pieces = (total.float() / uneven.size).to(dtype).chunk(uneven.size)
         assert out.equal(pieces[here.rank]), (turn, index)
         assert in_place or own.equal(before), (turn, index)
 
     for turn in range(ROUNDS):
         inference = turn % INFERENCE == 1
-        peers.recorded = turn > ROUNDS // 2 and not inference
-        if peers.recorded:
+        uneven.recorded = turn > ROUNDS // 2 and not inference
+        if uneven.recorded:
             copies._averages = 1  # the first slot and the last are the same, so that it is used twice in turn
         for index in tensors:
-            peers.pause()
+            uneven.pause()
             copies.parts[index][here.rank].copy_(numbers(dtype, PART_SIZES[index], 0, turn, index, here.rank))
         copies.meet()
         for index in tensors:
-            peers.pause()
+            uneven.pause()
             gather(turn, index)
         if inference:
             copies.meet()
             continue
         for index in reversed(tensors):
-            peers.pause()
+            uneven.pause()
             gather(turn, index)
             average(turn, index)
     check_flags(copies)
@@ -123,35 +126,36 @@ def check_copies(here: device.Device, dtype: torch.dtype) -> None:
 
 def check_flags(copies: PeerCopies) -> None:
     """When all is over, nothing is told that no one has waited for."""
-    peers: Any = copies._peers
+    all_ranks: Any = copies._peers
     dist.barrier()
-    assert not peers._signals[peers.rank].any()
+    assert not all_ranks._signals[all_ranks.rank].any()
 
 
 def check_files(here: device.Device) -> None:
     """A file that ranks share has no name any more when they do: there, where there is no /dev/shm, and where there is
-    no room, which is told with the way out.
+    no room for one rank, which all of them tell with the way out.
     """
     group: Any = dist.group.WORLD
-    kept = HostPeers(group).share(1000, torch.float32)
+    kept = HostPeers(group, len(Flag)).share(1000, torch.float32)
     dist.barrier()  # every rank takes its own file's name
     assert len(shared_files()) >= len(kept)
     assert all(line.endswith("(deleted)") for line in shared_files())
     folder = Path(tempfile.gettempdir())
-    writable, limits = peer_copies.os.access, resource.getrlimit(resource.RLIMIT_FSIZE)
-    peer_copies.os.access = lambda *_, **__: False
+    writable, limits = peers.os.access, resource.getrlimit(resource.RLIMIT_FSIZE)
+    peers.os.access = lambda *_, **__: False
     try:
-        kept += HostPeers(group).share(1000, torch.float32)
+        kept += HostPeers(group, len(Flag)).share(1000, torch.float32)
         dist.barrier()
         assert sum(str(folder) in line for line in shared_files()) >= here.world_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+        if here.rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
         find_peers(TrainConfig(peer_copies="on"), here)
         raise AssertionError("there was room after all")
     except RunError as error:
         assert "do not reach each other" in str(error) and "use --peer_copies off" in str(error), error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        peer_copies.os.access = writable
+        peers.os.access = writable
     dist.barrier()
     assert not list(folder.glob(f"{FILES}*")) and all(line.endswith("(deleted)") for line in shared_files())
 
@@ -179,7 +183,7 @@ CASES = {
 
 def check_training(here: device.Device) -> None:
     """The same losses and norms to the bit, and no collective of the process group for a chunk."""
-    peer_copies._peers = lambda _: UnevenPeers(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    peer_copies.peers_of = lambda _: UnevenPeers(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
     for name, flags in CASES.items():
         found = {}
         for choice in ("on", "off"):

@@ -598,6 +598,10 @@ TRAINING = ["engine.py:50 step", "train.py:5 main"]
         ([seen(0, 7, state="T"), seen(1, 5), seen(2, 5)], [0]),
         ([seen(0, 7), seen(1, 5), seen(2, 7)], [1]),
         ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, ["my.py:3 loop", *TRAINING])], [1]),
+        (
+            [seen(0, 7, ["/suite/commons/peers.py:9 await_told", *TRAINING]), seen(1, 7, ["my.py:3 loop", *TRAINING])],
+            [1],
+        ),
         # one waits where the others have been
         ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, [COLLECTIVE, "engine.py:48 step", TRAINING[1]])], [1]),
         # in one collective together, or in different branches: nobody is to be singled out

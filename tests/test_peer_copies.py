@@ -102,7 +102,6 @@ def problems(world_size: int = 2, local_world_size: int = 0, **settings) -> list
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        ({"distplan": "Pytorch_DDP"}, "under Pytorch_DDP"),
         ({"gemini_hooks": "operation"}, "--gemini_hooks operation"),
         ({"tp_degree": 2, "world_size": 4}, "--tp_degree"),
         ({"placement": "auto"}, "--placement auto"),

@@ -71,7 +71,8 @@ class BoostedTrainable:
 class GraphedTrainable(BoostedTrainable):
     """The same with both passes recorded after the first steps; see commons.step_graph.
 
-    A replayed backward pass is that of the last replayed forward pass, whatever loss it is called with.
+    A replayed backward pass is that of the last replayed forward pass, whatever loss it is called with; where ranks
+    share memory it has to come before the next forward pass (commons.peer_copies).
     """
 
     def __init__(self, *arguments: Any) -> None:

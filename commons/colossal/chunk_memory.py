@@ -44,7 +44,7 @@ def scatter(self: Any) -> None:
     if _is_alone(self):
         self.cuda_shard = self.cuda_global_chunk.detach()
     else:
-        if self.parts is None:
+        if not self.parts:
             self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
         else:
             self.cuda_shard = self.parts[self.pg_rank]  # it has stayed there, and no one writes to what is gathered
@@ -193,7 +193,8 @@ def mean_or_sum(chunk: Any) -> Any:
 def install() -> None:
     """Replace the methods of every chunk in this process."""
     Chunk.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]  (what upstream does)
-    Chunk.copies = Chunk.parts = Chunk.allocated_on = None  # pyright: ignore[reportAttributeAccessIssue]  (peer_chunks gives them)
+    # the stream that a chunk was gathered on, if not the computing one; peer_chunks gives the others, where ranks copy
+    Chunk.allocated_on = Chunk.copies = Chunk.parts = None  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__scatter = scatter  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__gather = gather  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__update_tensors_ptr = update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]
