@@ -50,6 +50,7 @@ DRAWN: dict[str, list[str | None]] = {
     "initial_loss_scale": [None, None, None, None, "1024", "0.5"],
     "grad_accum": [None, None, None, "4", "0"],
     "cuda_graph": [None, None, None, "on", "off"],
+    "peer_copies": [None, None, None, "on", "off"],
 }
 RANKS = range(1, 9)
 DRAWS = 250

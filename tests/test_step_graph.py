@@ -20,9 +20,9 @@ from commons.tracing import TRACE_FILE
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
 
-def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list[str]:
+def problems(device_type: str = "cuda", world_size: int = 1, peer_copies: bool = False, **settings) -> list[str]:
     config = TrainConfig(**settings)
-    return list(graph_problems(config, device_type, world_size))
+    return list(graph_problems(config, device_type, world_size, peer_copies))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list
     [
         ({"device_type": "cpu"}, "CPU"),
         ({"world_size": 2}, "data-parallel ranks without --peer_copies"),
+        ({"world_size": 2, "peer_copies": True, "max_prefetch": 0}, "--max_prefetch 0 on several ranks"),
         ({"distplan": "Pytorch_DDP"}, "Pytorch_DDP"),
         ({"gemini_hooks": "operation"}, "--gemini_hooks operation"),
         ({"tp_degree": 2, "world_size": 2}, "--tp_degree"),
@@ -44,7 +45,7 @@ def problems(device_type: str = "cuda", world_size: int = 1, **settings) -> list
     ],
 )
 def test_what_changes_from_step_to_step_is_not_recorded(settings, reason):
-    assert not problems()
+    assert not problems() and not problems(world_size=2, peer_copies=True) and not problems(max_prefetch=0)
     (problem,) = problems(**settings)
     assert reason in problem
 
