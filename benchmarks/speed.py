@@ -1,7 +1,7 @@
 """Speed of plans and sizes: every case in a process of its own, the repeats interleaved, medians and spread.
 
-    python -m benchmarks.speed plans --out results/plans        all plans on gpt2_medium, one GPU and as many
-    as there are python -m benchmarks.speed --list                           the sets of cases
+    python -m benchmarks.speed plans --out results/plans    all plans on gpt2_medium, on one GPU and on all
+    python -m benchmarks.speed --list                       the sets of cases
 
 Writes OUT.json (every repeat's summary, hardware, versions, command, commit) and OUT.md (a table).
 """
@@ -30,11 +30,14 @@ CASE_SECONDS = 420
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: a label of its own, the flags of train_gpt_demo.py, and how many ranks."""
+    """One configuration: a label of its own, the flags of train_gpt_demo.py, how many ranks, and the GPUs that they see
+    (CUDA_VISIBLE_DEVICES), where that is not all.
+    """
 
     label: str
     flags: tuple[str, ...]
     ranks: int = 1
+    gpus: str | None = None
 
 
 def _plans(devices: int) -> list[Case]:
@@ -45,16 +48,24 @@ def _plans(devices: int) -> list[Case]:
 
 
 def _overlap(devices: int) -> list[Case]:
-    """Gemini on one device and all, chunks gathered ahead, not, or kept, and FSDP2: gpt2_medium and gpt2_xl."""
+    """Gemini on the first GPU, the last and all, with its ways to gather, and FSDP2: gpt2_medium and gpt2_xl."""
+    # all of them together are as fast as the slowest, so the first alone does not tell what several lose
     cases = {
         "CAI_Gemini": ("--distplan CAI_Gemini", 1),
+        "CAI_Gemini, last GPU": ("--distplan CAI_Gemini", 1),
         "CAI_Gemini, prefetch 2": ("--distplan CAI_Gemini --max_prefetch 2", devices),
         "Pytorch_FSDP": ("--distplan Pytorch_FSDP", devices),
         "CAI_Gemini, prefetch 0": ("--distplan CAI_Gemini --max_prefetch 0", devices),
         "CAI_Gemini, kept gathered": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices),
+        "CAI_Gemini, NCCL": ("--distplan CAI_Gemini --max_prefetch 2 --peer_copies off", devices),
     }
     return [
-        Case(f"{name}, {size} × {ranks}", tuple(f"{flags} --model_type {size}".split()), ranks)
+        Case(
+            f"{name}, {size} × {ranks}",
+            tuple(f"{flags} --model_type {size}".split()),
+            ranks,
+            str(devices - 1) if "last GPU" in name else None,
+        )
         for size in ("gpt2_medium", "gpt2_xl")
         for name, (flags, ranks) in cases.items()
     ]
@@ -142,6 +153,8 @@ def run_case(case: Case, common: list[str]) -> dict:
             *case.flags,
         ]
         environment = {**os.environ, "GPUNUM": str(case.ranks)}
+        if case.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = case.gpus
         run_dir, console = Path(log_dir) / "run", Path(log_dir) / "console"
         with console.open("w") as output:
             start = time.monotonic()
