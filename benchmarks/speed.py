@@ -50,24 +50,20 @@ def _plans(devices: int) -> list[Case]:
 def _overlap(devices: int) -> list[Case]:
     """Gemini on the first GPU, the last and all, with its ways to gather, and FSDP2: gpt2_medium and gpt2_xl."""
     # all of them together are as fast as the slowest, so the first alone does not tell what several lose
+    last = str(devices - 1)
     cases = {
-        "CAI_Gemini": ("--distplan CAI_Gemini", 1),
-        "CAI_Gemini, last GPU": ("--distplan CAI_Gemini", 1),
-        "CAI_Gemini, prefetch 2": ("--distplan CAI_Gemini --max_prefetch 2", devices),
-        "Pytorch_FSDP": ("--distplan Pytorch_FSDP", devices),
-        "CAI_Gemini, prefetch 0": ("--distplan CAI_Gemini --max_prefetch 0", devices),
-        "CAI_Gemini, kept gathered": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices),
-        "CAI_Gemini, NCCL": ("--distplan CAI_Gemini --max_prefetch 2 --peer_copies off", devices),
+        "CAI_Gemini": ("--distplan CAI_Gemini", 1, None),
+        "CAI_Gemini, last GPU": ("--distplan CAI_Gemini", 1, last),
+        "CAI_Gemini, prefetch 2": ("--distplan CAI_Gemini --max_prefetch 2", devices, None),
+        "Pytorch_FSDP": ("--distplan Pytorch_FSDP", devices, None),
+        "CAI_Gemini, prefetch 0": ("--distplan CAI_Gemini --max_prefetch 0", devices, None),
+        "CAI_Gemini, kept gathered": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices, None),
+        "CAI_Gemini, NCCL": ("--distplan CAI_Gemini --max_prefetch 2 --peer_copies off", devices, None),
     }
     return [
-        Case(
-            f"{name}, {size} × {ranks}",
-            tuple(f"{flags} --model_type {size}".split()),
-            ranks,
-            str(devices - 1) if "last GPU" in name else None,
-        )
+        Case(f"{name}, {size} × {ranks}", tuple(f"{flags} --model_type {size}".split()), ranks, gpus)
         for size in ("gpt2_medium", "gpt2_xl")
-        for name, (flags, ranks) in cases.items()
+        for name, (flags, ranks, gpus) in cases.items()
     ]
 
 

@@ -140,13 +140,13 @@ class GpuPeers:
             before = torch.cuda.memory_allocated()
             own = symmetric.empty(elements, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
             self.unseen_bytes += own.nbytes - (torch.cuda.memory_allocated() - before)
-            return own.zero_()
+            own.zero_()
+            torch.cuda.synchronize()  # no one is to write into what another has yet to fill
+            return own
 
         own = _on_all(self._group, allocate)
         handle: Any = _on_all(self._group, lambda: symmetric.rendezvous(own, self._group))
         self._handles.append(handle)
-        torch.cuda.synchronize()
-        dist.barrier(self._group)  # no one writes into what another has yet to fill with zeros
         return [own if peer == self.rank else handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
 
     def tell(self, peer: int, flag: int) -> None:

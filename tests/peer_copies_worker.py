@@ -131,6 +131,12 @@ def check_flags(copies: PeerCopies) -> None:
     assert not all_ranks._signals[all_ranks.rank].any()
 
 
+def check_agreement(here: device.Device) -> None:
+    """One rank that says no is enough."""
+    assert device.every_rank(True, here.torch_device)
+    assert not device.every_rank(here.rank != 0, here.torch_device)
+
+
 def check_files(here: device.Device) -> None:
     """A file that ranks share has no name any more when they do: there, where there is no /dev/shm, and where there is
     no room for one rank, which all of them tell with the way out.
@@ -273,6 +279,7 @@ def main() -> None:
         for dtype in LARGEST:
             check_copies(here, dtype)
         check_files(here)
+        check_agreement(here)
     device.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from suite_runs import FinishedRun, launch, torchrun
 
-from commons import checks
+from commons import checks, peer_copies
 from commons.config import TrainConfig
 from commons.device import Device
+from commons.ending import RunError
 from commons.peer_copies import find_peers, mean_of, peer_problems
+from commons.peers import HostPeers
 from commons.plans import PLANS
 from commons.step_graph import graph_problems
 
@@ -122,6 +124,45 @@ def test_where_nothing_is_gathered_by_copies(settings, reason):
 @pytest.mark.parametrize("choice", ["auto", "off"])
 def test_on_a_cpu_it_has_to_be_asked_for(choice):
     assert find_peers(TrainConfig(peer_copies=choice), Device("cpu", "CPU", 0, 0, 2)) is None
+
+
+GPUS = Device("cuda", "GPU", 0, 0, 2)
+
+
+def test_who_has_taken_peer_access_from_nccl_is_left_without(monkeypatch):
+    monkeypatch.setattr(peer_copies, "peers_of", lambda device: "peers")
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert find_peers(TrainConfig(), GPUS) == "peers"
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert find_peers(TrainConfig(), GPUS) is None
+    assert find_peers(TrainConfig(peer_copies="on"), GPUS) == "peers"
+
+
+def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_asked_for(monkeypatch, capsys):
+    def unreachable(device):
+        raise RuntimeError("rank 1: no access from GPU 1 to GPU 0")
+
+    monkeypatch.setattr(peer_copies, "peers_of", unreachable)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert find_peers(TrainConfig(), GPUS) is None
+    told = capsys.readouterr().err
+    assert "no access from GPU 1 to GPU 0" in told and "by NCCL" in told and len(told.splitlines()) == 1
+    for settings, way_out in (
+        ({"peer_copies": "on"}, "use --peer_copies off"),
+        ({"cuda_graph": "on"}, "use --cuda_graph off"),
+        ({"peer_copies": "on", "cuda_graph": "on"}, "use --peer_copies off and --cuda_graph off"),
+    ):
+        with pytest.raises(RunError, match=f"no access.*{way_out}$"):
+            find_peers(TrainConfig(**settings), GPUS)  # pyright: ignore[reportArgumentType]
+
+
+def test_only_processors_that_keep_the_order_of_writes_share_memory(monkeypatch):
+    peers = HostPeers.__new__(HostPeers)  # without a process group
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    peers._check_processor()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(RuntimeError, match="on aarch64 processors"):
+        peers._check_processor()
 
 
 def test_on_is_refused_with_every_reason(tmp_path):
