@@ -336,6 +336,7 @@ TYPED = [
     ("--distplan CAI_Gemini --num_microbatches 3", "--num_microbatches 3 means nothing to CAI_Gemini"),
     ("--distplan Pytorch_DDP --tp_degree 3", "--tp_degree 3 means nothing to Pytorch_DDP"),
     ("--distplan Pytorch_DDP --gemini_hooks block", "--gemini_hooks block means nothing to Pytorch_DDP"),
+    ("--distplan Pytorch_DDP --peer_copies off", "--peer_copies off means nothing to Pytorch_DDP"),
     ("--placement auto --shard_param_frac 1", "--shard_param_frac 1 contradicts --placement auto, which has none"),
     ("--warmup_non_model_data_ratio 0.8", "--warmup_non_model_data_ratio is read under --placement auto only"),
     ("--initial_loss_scale 65536", "--initial_loss_scale is read under --precision fp16 only"),
