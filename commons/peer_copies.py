@@ -12,6 +12,8 @@ waits for it and takes it down:
 - ``BEGIN`` and its like: the stream has come to a point where all ranks meet. Behind it the teller's parts do not
   change until the pass over the model is through.
 - ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
+- ``READ``: the teller has read the listener's parts. Told where tensors are replicated: a part is then a piece of what
+  gradients overwrite on the way back.
 
 None is raised again before it was taken down. Of two meetings in a row each has its own flag, and no rank is more than
 one ahead. Recorded passes meet at one flag only: between two of them lie the averages of the first, for which each rank
@@ -58,6 +60,7 @@ class Flag(IntEnum):
     BEGIN_RECORDED = 2  # where passes are replayed, they meet here always, and no one else does
     ARRIVED = 3
     ARRIVED_TOO = 4
+    READ = 5
 
 
 class PeerCopies:
@@ -67,21 +70,30 @@ class PeerCopies:
         peers: all of the tensors' ranks.
         part_sizes: elements of each tensor's part.
         dtype: of all tensors.
+        replicated: a rank's part is a piece of the whole tensor, which stays in memory.
 
     Attributes:
         parts: for each tensor its parts by rank, flat; this rank's are its own to fill.
+        wholes: each tensor [ranks * elements] in this rank's memory, where they are ``replicated``; else none.
         shared_bytes: device memory taken for it, as far as torch's allocator does not count it.
     """
 
-    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype, replicated: bool = False) -> None:
         self._peers = peers
         self._meetings = self._averages = 0
         # at one time every rank reads from another: the next one after it first
         self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
-        rooms = [size + -size % ALIGNED_ELEMENTS for size in part_sizes]
+        # what each rank shares of a tensor, and where in it its part begins; both in parts
+        held, places = (peers.size, range(peers.size)) if replicated else (1, [0] * peers.size)
+        rooms = [_aligned(held * size) for size in part_sizes]
         arenas = [arena.split(rooms) for arena in peers.share(sum(rooms), dtype)]
-        self.parts = [[rank_parts[index][:size] for rank_parts in arenas] for index, size in enumerate(part_sizes)]
-        width = max(rooms)
+        self.parts = [
+            [arena[index][place * size : (place + 1) * size] for arena, place in zip(arenas, places, strict=True)]
+            for index, size in enumerate(part_sizes)
+        ]
+        own = zip(arenas[peers.rank], part_sizes, strict=True)
+        self.wholes = [room[: held * size] for room, size in own] if replicated else []
+        width = _aligned(max(part_sizes))
         self._inboxes = [
             inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
         ]
@@ -89,7 +101,7 @@ class PeerCopies:
 
     def meet(self) -> None:
         """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
-        everything that writes parts, and after a pass that averages nothing.
+        everything that writes parts, and after a pass that averages nothing, where parts are not replicated.
         """
         flag = (Flag.BEGIN, Flag.BEGIN_TOO)[self._meetings % 2]
         if self._peers.recording():
@@ -101,11 +113,22 @@ class PeerCopies:
 
     def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
         """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream, which is behind the
-        pass's meeting.
+        pass's meeting. What is in its place already stays.
         """
         pieces = whole.chunk(self._peers.size)
         for peer in (*self._others, self._peers.rank):
-            pieces[peer].copy_(parts[peer])
+            if pieces[peer].data_ptr() != parts[peer].data_ptr():
+                pieces[peer].copy_(parts[peer])
+
+    def tell_read(self) -> None:
+        """Of replicated tensors: this rank has gathered all of them, on the current stream."""
+        self._tell_all(Flag.READ)
+
+    def await_read(self) -> None:
+        """Let the current stream wait until all other ranks have: once for each :meth:`tell_read`, before gradients
+        take the tensors' place, or parts are written again.
+        """
+        self._await_all(Flag.READ)
 
     def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
         """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
@@ -132,6 +155,10 @@ class PeerCopies:
     def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
         """Where in its inbox a rank finds the contribution of another."""
         return self._inboxes[listener][slot, (teller - listener) % self._peers.size - 1]
+
+
+def _aligned(elements: int) -> int:
+    return elements + -elements % ALIGNED_ELEMENTS
 
 
 def mean_of(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:

@@ -184,6 +184,10 @@ CASES = {
     "fp16": "--blocks_per_chunk 1 --precision fp16 --clip_grad_norm 0.5",
     "fp16 that overflows": "--blocks_per_chunk 1 --precision fp16 --initial_loss_scale 4294967296",
     "half sharded": "--blocks_per_chunk 1 --shard_param_frac 0.5 --max_prefetch 2",
+    "replicated": "--blocks_per_chunk 1 --shard_param_frac 0",
+    "replicated, nothing ahead, clipping": "--blocks_per_chunk 1 --shard_param_frac 0 --max_prefetch 0 --clip_grad_norm 0.5",
+    "replicated, accumulation": "--blocks_per_chunk 1 --shard_param_frac 0 --grad_accum 2 --clip_grad_norm 0.5",
+    "replicated, fp16": "--blocks_per_chunk 1 --shard_param_frac 0 --precision fp16 --clip_grad_norm 0.5",
 }
 
 

@@ -214,7 +214,14 @@ def test_a_run_says_whether_it_copies(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", ["", "--blocks_per_chunk 1 --max_prefetch 2 --clip_grad_norm 0.5"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--blocks_per_chunk 1 --max_prefetch 2 --clip_grad_norm 0.5",
+        "--blocks_per_chunk 1 --shard_param_frac 0 --clip_grad_norm 0.5",
+    ],
+)
 def test_gpus_train_the_same_with_copies_and_with_nccl(tmp_path, flags):
     """To the bit: the mean of two is exact. Launched and replayed."""
     if torch.cuda.device_count() < 2:

@@ -37,6 +37,10 @@ from commons.gpt2_functions import (
 )
 from commons.step_graph import join
 
+# All gradients are averaged, two ranks, while the backward pass goes through so many tokens of the last chunks. Measured
+# for gpt2_xl on two H100s; each mean waits for multiprocessors, for as long as a matrix product takes.
+AVERAGED_BESIDE = 2048
+
 # ColoParameter answers every operation, even a look at its .grad, in Python; nothing here needs to hear of it
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 
@@ -54,6 +58,10 @@ class ChunkGradients:
     be written before the last region that reads them is through: the embedding serves two, and a chunk may
     reach over two blocks.
 
+    Chunks that stay whole (commons.colossal.peer_chunks) can wait for their average without taking memory. They do, so
+    that what goes between GPUs goes at one time, the end of the backward pass: a link that rests for 50 ms sleeps, and
+    awake it takes power from the matrix products (benchmarks/NOTES.md).
+
     Args:
         gemini: the wrapped model.
         uses: how many gradients each chunk will be given in one backward pass: one a parameter and region.
@@ -69,6 +77,16 @@ class ChunkGradients:
         self._reductions = {chunk: mean_or_sum(chunk) for chunk in uses}
         # only fp16 looks for infinities, and each look is a pass over all gradients
         self._checks_overflow = gemini.mixed_precision is torch.float16
+        self._can_wait = self._manager.reuse_fp16_chunk and all(chunk.replicated for chunk in uses)
+        self._waiting: list[tuple[Chunk, Chunk]] = []
+        self._waits = self._delivered = 0
+
+    def begin(self, tokens: int) -> None:
+        """A pass over ``tokens`` of this rank begins."""
+        self._waiting.clear()
+        self._delivered = 0
+        at_end = min(1.0, AVERAGED_BESIDE / tokens) if self._can_wait else 1.0
+        self._waits = int(len(self._uses) * (1 - at_end))
 
     def add(
         self, parameters: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor], chunks: dict[Chunk, int]
@@ -102,7 +120,12 @@ class ChunkGradients:
         else:
             torch._foreach_copy_(self._slices_of(target), gradients)
         set_state(target, TensorState.READY_FOR_REDUCE)
-        self._reduce(chunk, target)
+        self._waiting.append((chunk, target))
+        self._delivered += 1
+        if self._delivered > self._waits:
+            for ready in self._waiting:
+                self._reduce(*ready)
+            self._waiting.clear()
 
     def _accumulator(self, chunk: Chunk) -> Chunk:
         """The second chunk that gradients are accumulated in, gathered."""
@@ -315,6 +338,7 @@ class BlockHooks:
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the next token, fp32 scalar. ``tokens``, ``labels``: int64 [batch, sequence]."""
         start = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
+        self.gradients.begin(tokens.numel())
         hidden = _RegionCall.apply(start, (tokens,), self.embedding, self.gradients)
         for block in self.blocks:
             hidden = _RegionCall.apply(hidden, (None,), block, self.gradients)

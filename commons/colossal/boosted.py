@@ -170,7 +170,8 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
     if peers is not None:
-        trainable.shared_bytes = share_parts(trainable.model, peers).shared_bytes  # pyright: ignore[reportArgumentType]
+        gemini: Any = trainable.model
+        trainable.shared_bytes = share_parts(gemini, peers, replicated=placement["shard_param_frac"] == 0).shared_bytes
     update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable

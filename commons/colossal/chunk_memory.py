@@ -43,16 +43,23 @@ def scatter(self: Any) -> None:
         return
     if _is_alone(self):
         self.cuda_shard = self.cuda_global_chunk.detach()
+    elif self.parts:
+        self.cuda_shard = self.parts[self.pg_rank]  # it has stayed there, and no one writes to what is gathered
+        _free(self)
     else:
-        if not self.parts:
-            self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
-        else:
-            self.cuda_shard = self.parts[self.pg_rank]  # it has stayed there, and no one writes to what is gathered
-        if _computes_here(self.cuda_global_chunk):
-            free_storage(self.cuda_global_chunk)
-        else:
-            _free_after_this_stream(self.cuda_global_chunk, self.allocated_on)
+        self.cuda_shard = self.cuda_global_chunk[self.shard_begin : self.shard_end].clone()
+        _free(self)
     self.is_gathered = False
+
+
+def _free(chunk: Any) -> None:
+    """Free what was gathered, once the current stream has done what it was given."""
+    if chunk.replicated:
+        return
+    if _computes_here(chunk.cuda_global_chunk):
+        free_storage(chunk.cuda_global_chunk)
+    else:
+        _free_after_this_stream(chunk.cuda_global_chunk, chunk.allocated_on)
 
 
 def _computes_here(tensor: torch.Tensor) -> bool:
@@ -172,7 +179,7 @@ def reduce(self: Any, async_op: bool = False) -> None:
             self.cuda_shard, self.cuda_global_chunk, op=self.reduction, group=self.torch_pg, async_op=True
         )
         work.wait()  # pyright: ignore[reportOptionalMemberAccess]
-    _free_after_this_stream(self.cuda_global_chunk, self.allocated_on)
+    _free(self)
     self.is_gathered = False
     for info in self.tensors_info.values():
         self.tensor_state_cnter[info.state] -= 1
@@ -195,6 +202,7 @@ def install() -> None:
     Chunk.reduction = dist.ReduceOp.SUM  # pyright: ignore[reportAttributeAccessIssue]  (what upstream does)
     # the stream that a chunk was gathered on, if not the computing one; peer_chunks gives the others, where ranks copy
     Chunk.allocated_on = Chunk.copies = Chunk.parts = None  # pyright: ignore[reportAttributeAccessIssue]
+    Chunk.replicated = False  # pyright: ignore[reportAttributeAccessIssue]  (the whole chunk stays in memory)
     Chunk._Chunk__scatter = scatter  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__gather = gather  # pyright: ignore[reportAttributeAccessIssue]
     Chunk._Chunk__update_tensors_ptr = update_tensors_ptr  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,35 +2,43 @@
 
 A rank's part of a chunk gets a place in memory that the other ranks read, and stays there: while the chunk is gathered,
 when its gradients take the weights' place, and when the optimizer writes the new weights over them.
+
+Under ``--shard_param_frac 0`` every rank has memory for all of each chunk for good, and its part is a piece of it, so
+that no part is copied to where it is gathered. All chunks are gathered once a step, when it begins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
 from commons.peer_copies import PeerCopies, Peers
 
 
-def share_parts(gemini: GeminiDDP, peers: Peers) -> PeerCopies:
+def share_parts(gemini: GeminiDDP, peers: Peers, replicated: bool) -> PeerCopies:
     """Move this rank's parts of the chunks of ``gemini``, none of them gathered, to where the other ranks reach them
-    (collective).
+    (collective). ``replicated``: the whole chunks stay in memory.
     """
-    chunks: list[Any] = list(dict.fromkeys(gemini.chunk_manager.get_chunk(param) for param in gemini.fp16_params))
-    copies = PeerCopies(peers, [chunk.shard_size for chunk in chunks], chunks[0].dtype)
+    chunks: list[Any] = list(dict.fromkeys(map(gemini.chunk_manager.get_chunk, gemini.module.parameters())))
+    copies = PeerCopies(peers, [chunk.shard_size for chunk in chunks], chunks[0].dtype, replicated)
     for chunk, parts in zip(chunks, copies.parts, strict=True):
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
         chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
-    _meet_at_passes(gemini, copies)
+    for chunk, whole in zip(chunks, copies.wholes, strict=False):
+        chunk.cuda_global_chunk, chunk.replicated = whole, True
+    passes = _replicated_passes(gemini, copies, chunks) if replicated else _sharded_passes(gemini, copies)
+    gemini.forward = passes  # pyright: ignore[reportAttributeAccessIssue]
     return copies
 
 
-def _meet_at_passes(gemini: Any, copies: PeerCopies) -> None:
-    """Have the ranks meet before every call of the model, when the optimizer, a checkpoint, or whatever has written the
-    parts, is through, and after one without gradients, so that the parts may be written again.
+def _sharded_passes(gemini: Any, copies: PeerCopies) -> Callable[..., Any]:
+    """The call of the model with the ranks meeting before it, when the optimizer, a checkpoint, or whatever has written
+    the parts, is through, and after one without gradients, so that the parts may be written again.
     """
     forward = gemini.forward
 
@@ -41,4 +49,29 @@ def _meet_at_passes(gemini: Any, copies: PeerCopies) -> None:
             copies.meet()
         return out
 
-    gemini.forward = met
+    return met
+
+
+def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Callable[..., Any]:
+    """The same with all chunks gathered at its beginning, in the order of ``chunks``, beside the computation. At its end
+    all ranks have done so, and what is gathered may be written.
+    """
+    forward, manager, chunk_manager = gemini.forward, gemini.gemini_manager, gemini.chunk_manager
+    stream = chunk_manager._prefetch_stream
+    beside = stream is not None
+
+    def met(*arguments: Any, **options: Any) -> Any:
+        copies.meet()
+        if beside:
+            stream.wait_stream(get_accelerator().current_stream())
+        with get_accelerator().stream(stream):
+            for chunk in chunks:
+                work = chunk_manager.access_chunk(chunk, async_access=beside)
+                if work is not None:
+                    manager.add_work(chunk, work)
+            copies.tell_read()
+        out = forward(*arguments, **options)
+        copies.await_read()
+        return out
+
+    return met
