@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from commons import device, peer_copies, peers
+from commons.colossal.runtime import prepare
 from commons.config import TrainConfig
 from commons.ending import RunError
 from commons.engine import build_session, train_steps
@@ -70,20 +71,22 @@ def numbers(dtype: torch.dtype, elements: int, *of: int) -> torch.Tensor:
     return torch.randint(-LARGEST[dtype], LARGEST[dtype] + 1, (elements,), generator=generator).to(dtype)
 
 
-def check_copies(here: device.Device, dtype: torch.dtype) -> None:
+def check_copies(here: device.Device, dtype: torch.dtype, replicated: bool) -> None:
     """Rounds as Gemini's steps: parts are written, gathered in order, gathered again in the opposite order, each with
     an average after it, into the part's place or elsewhere. Some average nothing, as inference. From the middle on the
-    others meet and use slots as passes do that were recorded once.
+    others meet and use slots as passes do that were recorded once. ``replicated`` tensors are gathered once a round,
+    and what is averaged takes their place.
     """
     group: Any = dist.group.WORLD
     uneven = UnevenPeers(group)
-    copies = PeerCopies(uneven, PART_SIZES, dtype)
+    copies = PeerCopies(uneven, PART_SIZES, dtype, replicated)
     assert [len(part) for parts in copies.parts for part in parts] == [
         n for n in PART_SIZES for _ in range(uneven.size)
     ]
     tensors = range(len(PART_SIZES))
     ranks = range(uneven.size)
-    wholes = [torch.empty(uneven.size * size, dtype=dtype) for size in PART_SIZES]
+    wholes = copies.wholes or [torch.empty(uneven.size * size, dtype=dtype) for size in PART_SIZES]
+    assert [len(whole) for whole in wholes] == [uneven.size * size for size in PART_SIZES]
 
     def gather(turn: int, index: int) -> None:
         copies.gather(copies.parts[index], wholes[index])
@@ -92,10 +95,11 @@ def check_copies(here: device.Device, dtype: torch.dtype) -> None:
 
     def average(turn: int, index: int) -> None:
         own, size = copies.parts[index][here.rank], PART_SIZES[index]
-        in_place = (turn + index) % 3 > 0
+        in_place = replicated or (turn + index) % 3 > 0
         out, before = own if in_place else torch.empty(size, dtype=dtype), own.clone()
         given = [numbers(dtype, len(wholes[index]), 1, turn, index, rank) for rank in ranks]
-        copies.average(given[here.rank].clone(), out)
+        whole = wholes[index].copy_(given[here.rank]) if replicated else given[here.rank].clone()
+        copies.average(whole, out)
         total = sum(whole.double() for whole in given)
         assert isinstance(total, torch.Tensor)
         pieces = (total.float() / uneven.size).to(dtype).chunk(uneven.size)
@@ -114,12 +118,18 @@ def check_copies(here: device.Device, dtype: torch.dtype) -> None:
         for index in tensors:
             uneven.pause()
             gather(turn, index)
+        if replicated:
+            copies.tell_read()
+            uneven.pause()
+            copies.await_read()
         if inference:
-            copies.meet()
+            if not replicated:
+                copies.meet()
             continue
         for index in reversed(tensors):
             uneven.pause()
-            gather(turn, index)
+            if not replicated:
+                gather(turn, index)
             average(turn, index)
     check_flags(copies)
 
@@ -171,7 +181,7 @@ def shared_files() -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if FILES in line]
 
 
-STEPS = 4
+STEPS, TOKENS = 4, 4 * 64
 LATE_SECONDS = 0.03
 COMMON = (
     f"--model_type gpt2_tiny --batch_size 4 --seq_len 64 --lr 1e-3 --train_step {STEPS} --warmup_step 1"
@@ -185,26 +195,38 @@ CASES = {
     "fp16 that overflows": "--blocks_per_chunk 1 --precision fp16 --initial_loss_scale 4294967296",
     "half sharded": "--blocks_per_chunk 1 --shard_param_frac 0.5 --max_prefetch 2",
     "replicated": "--blocks_per_chunk 1 --shard_param_frac 0",
-    "replicated, nothing ahead, clipping": "--blocks_per_chunk 1 --shard_param_frac 0 --max_prefetch 0 --clip_grad_norm 0.5",
+    "replicated, nothing ahead, clipping": (
+        "--blocks_per_chunk 1 --shard_param_frac 0 --max_prefetch 0 --clip_grad_norm 0.5"
+    ),
     "replicated, accumulation": "--blocks_per_chunk 1 --shard_param_frac 0 --grad_accum 2 --clip_grad_norm 0.5",
     "replicated, fp16": "--blocks_per_chunk 1 --shard_param_frac 0 --precision fp16 --clip_grad_norm 0.5",
+    "replicated in one chunk": "--shard_param_frac 0",
 }
 
 
 def check_training(here: device.Device) -> None:
     """The same losses and norms to the bit, and no collective of the process group for a chunk."""
     peer_copies.peers_of = lambda _: UnevenPeers(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    prepare("cpu")
+    from commons.colossal import block_hooks
+
+    block_hooks.AVERAGED_BESIDE = TOKENS // 2  # as with thousands of them
+    averages = Averages(block_hooks.ChunkGradients)
     for name, flags in CASES.items():
         found = {}
         for choice in ("on", "off"):
             config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
             session = build_session(config, here)
             assert session.header()["peer_copies"] == (choice == "on")
+            averages.after.clear()
             with Collectives() as counts:
                 records = [(step.loss, step.grad_norm, step.skipped_steps) for step in train_steps(session)]
             chunks, batches = chunks_of(session), STEPS * config.grad_accum
             if choice == "on":
                 assert counts == {"gathers": STEPS}, counts  # of what is recorded of a step
+                # the first half waits where chunks stay whole and are not accumulated elsewhere
+                waits = len(chunks) // 2 if "replicated" in name and config.grad_accum == 1 else 0
+                assert averages.after == [max(waits, index) + 1 for index in range(len(chunks))] * batches
                 for chunk in chunks:
                     assert chunk.cuda_shard.data_ptr() == chunk.parts[here.rank].data_ptr()
                     assert chunk.memory_usage == {"cuda": chunk.shard_mem, "cpu": 0}
@@ -250,6 +272,34 @@ def chunks_of(session: Any) -> tuple[Any, ...]:
     return gemini.chunk_manager.get_chunks(gemini.fp16_params)
 
 
+class Averages:
+    """How many chunks of a pass had all of their gradients when each average began."""
+
+    def __init__(self, chunk_gradients: Any) -> None:
+        self.after: list[int] = []
+        self._delivered = 0
+        for owner, name, before in (
+            (chunk_gradients, "begin", self._begin),
+            (chunk_gradients, "_deliver", self._deliver),
+            (PeerCopies, "average", lambda: self.after.append(self._delivered)),
+        ):
+            setattr(owner, name, self._told(getattr(owner, name), before))
+
+    def _begin(self) -> None:
+        self._delivered = 0
+
+    def _deliver(self) -> None:
+        self._delivered += 1
+
+    @staticmethod
+    def _told(original: Any, before: Any) -> Any:
+        def call(*args: Any) -> Any:
+            before()
+            return original(*args)
+
+        return call
+
+
 class Collectives:
     """Counts the gathers and reductions that the process groups are asked for inside."""
 
@@ -281,7 +331,8 @@ def main() -> None:
         check_training(here)
     else:
         for dtype in LARGEST:
-            check_copies(here, dtype)
+            check_copies(here, dtype, replicated=False)
+            check_copies(here, dtype, replicated=True)
         check_files(here)
         check_agreement(here)
     device.leave(0)  # the interpreter's own end can abort a process that is done and well
