@@ -246,16 +246,23 @@ def inferred(session: Any, seed: int) -> float:
     """The loss with other weights than before, which are loaded as soon as the last inference is through. One rank is
     behind the others when it begins to gather them.
     """
-    rank, model = session.device.rank, session.trainable.model
+    rank = session.device.rank
     for index, chunk in enumerate(chunks_of(session)):
         generator = torch.Generator().manual_seed(1000 * seed + 10 * index + rank)
         chunk.cuda_shard.copy_(0.02 * torch.randn(chunk.shard_size, generator=generator))
-    late = model.module.register_forward_pre_hook(lambda *_: time.sleep(LATE_SECONDS * (rank == seed % 2)))
+    gather, late = PeerCopies.gather, [rank == seed % 2]
+
+    def late_gather(*arguments: Any) -> None:
+        time.sleep(LATE_SECONDS * late[0])
+        late[0] = False
+        gather(*arguments)
+
+    PeerCopies.gather = late_gather
     try:
         with torch.no_grad():
             return session.trainable.forward(torch.arange(64).view(1, 64) + seed).item()
     finally:
-        late.remove()
+        PeerCopies.gather = gather
 
 
 def of_own_loss(session: Any) -> list[float]:

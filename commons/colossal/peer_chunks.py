@@ -53,8 +53,8 @@ def _sharded_passes(gemini: Any, copies: PeerCopies) -> Callable[..., Any]:
 
 
 def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Callable[..., Any]:
-    """The same with all chunks gathered at its beginning, in the order of ``chunks``, beside the computation. At its end
-    all ranks have done so, and what is gathered may be written.
+    """The same with all chunks gathered at its beginning, in their order, beside the computation. At its end all ranks
+    have done so, and what is gathered may be written.
     """
     forward, manager, chunk_manager = gemini.forward, gemini.gemini_manager, gemini.chunk_manager
     stream = chunk_manager._prefetch_stream
