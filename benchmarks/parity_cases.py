@@ -139,6 +139,7 @@ CASES: dict[int, list[Case]] = {
             "--blocks_per_chunk 4 --max_prefetch 2",
             "--peer_copies on --max_prefetch 2",
             f"--peer_copies on --shard_param_frac 0.5 --max_prefetch 2 {CLIPPED}",
+            f"--peer_copies on --shard_param_frac 0 --max_prefetch 2 {CLIPPED}",
             "--peer_copies on --precision fp16 --max_prefetch 2 --grad_accum 2",
             f"--peer_copies on {OVERFLOWS}",
             f"--peer_copies off --max_prefetch 2 {CLIPPED}",

@@ -57,7 +57,7 @@ def _overlap(devices: int) -> list[Case]:
         "CAI_Gemini, prefetch 2": ("--distplan CAI_Gemini --max_prefetch 2", devices, None),
         "Pytorch_FSDP": ("--distplan Pytorch_FSDP", devices, None),
         "CAI_Gemini, prefetch 0": ("--distplan CAI_Gemini --max_prefetch 0", devices, None),
-        "CAI_Gemini, kept gathered": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices, None),
+        "CAI_Gemini, replicated": ("--distplan CAI_Gemini --max_prefetch 2 --shard_param_frac 0", devices, None),
         "CAI_Gemini, NCCL": ("--distplan CAI_Gemini --max_prefetch 2 --peer_copies off", devices, None),
     }
     return [
@@ -85,6 +85,7 @@ def _large(devices: int) -> list[Case]:
     common = "--model_type gpt2_10b --batch_size 8 --max_prefetch 2 --activation_checkpointing"
     cases = {
         "recompute on": f"{common} on",
+        "recompute on, replicated": f"{common} on --shard_param_frac 0",
         "recompute selective": f"{common} selective",
         "recompute on, optimizer on the host, batch 32": f"{common} on --offload_optim_frac 1 --batch_size 32",
     }

@@ -40,7 +40,7 @@ def graph_problems(
         (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
         # freed beside the computing stream, which a recording does only at its end
         (
-            several and config.max_prefetch == 0,
+            several and config.max_prefetch == 0 and config.shard_param_frac != 0,
             "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",
         ),
         (config.precision == "fp16", "in fp16, which looks for infinities"),

@@ -257,7 +257,7 @@ def inferred(session: Any, seed: int) -> float:
         late[0] = False
         gather(*arguments)
 
-    PeerCopies.gather = late_gather
+    PeerCopies.gather = late_gather  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.no_grad():
             return session.trainable.forward(torch.arange(64).view(1, 64) + seed).item()

@@ -219,7 +219,7 @@ def test_a_run_says_whether_it_copies(tmp_path):
     [
         "",
         "--blocks_per_chunk 1 --max_prefetch 2 --clip_grad_norm 0.5",
-        "--blocks_per_chunk 1 --shard_param_frac 0 --clip_grad_norm 0.5",
+        "--blocks_per_chunk 1 --shard_param_frac 0 --clip_grad_norm 0.5 --batch_size 64 --seq_len 128",
     ],
 )
 def test_gpus_train_the_same_with_copies_and_with_nccl(tmp_path, flags):

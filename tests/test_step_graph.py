@@ -46,6 +46,7 @@ def problems(device_type: str = "cuda", world_size: int = 1, peer_copies: bool =
 )
 def test_what_changes_from_step_to_step_is_not_recorded(settings, reason):
     assert not problems() and not problems(world_size=2, peer_copies=True) and not problems(max_prefetch=0)
+    assert not problems(world_size=2, peer_copies=True, max_prefetch=0, shard_param_frac=0.0)
     (problem,) = problems(**settings)
     assert reason in problem
 

@@ -77,7 +77,8 @@ class ChunkGradients:
         self._reductions = {chunk: mean_or_sum(chunk) for chunk in uses}
         # only fp16 looks for infinities, and each look is a pass over all gradients
         self._checks_overflow = gemini.mixed_precision is torch.float16
-        self._can_wait = self._manager.reuse_fp16_chunk and all(chunk.replicated for chunk in uses)
+        chunks: list[Any] = [*uses]
+        self._can_wait = self._manager.reuse_fp16_chunk and all(chunk.replicated for chunk in chunks)
         self._waiting: list[tuple[Chunk, Chunk]] = []
         self._waits = self._delivered = 0
 

@@ -57,14 +57,15 @@ def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Ca
     have done so, and what is gathered may be written.
     """
     forward, manager, chunk_manager = gemini.forward, gemini.gemini_manager, gemini.chunk_manager
+    accelerator: Any = get_accelerator()
     stream = chunk_manager._prefetch_stream
     beside = stream is not None
 
     def met(*arguments: Any, **options: Any) -> Any:
         copies.meet()
         if beside:
-            stream.wait_stream(get_accelerator().current_stream())
-        with get_accelerator().stream(stream):
+            stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(stream):
             for chunk in chunks:
                 work = chunk_manager.access_chunk(chunk, async_access=beside)
                 if work is not None:
