@@ -10,10 +10,10 @@ What ranks tell each other are flags, one of each kind for every pair. A rank ra
 waits for it and takes it down:
 
 - ``BEGIN`` and its like: the stream has come to a point where all ranks meet. Behind it the teller's parts do not
-  change until the pass over the model is through.
+  change until the pass over the model is through, or, where tensors are replicated, all have read them.
 - ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
-- ``READ``: the teller has read the listener's parts. Told where tensors are replicated: a part is then a piece of what
-  gradients overwrite on the way back.
+- ``READ``: the teller has read the listener's parts. Told where tensors are replicated, for on the way back their
+  gradients are written over them.
 
 None is raised again before it was taken down. Of two meetings in a row each has its own flag, and no rank is more than
 one ahead. Recorded passes meet at one flag only: between two of them lie the averages of the first, for which each rank
