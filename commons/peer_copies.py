@@ -13,7 +13,8 @@ waits for it and takes it down:
   change until the pass over the model is through, or, where tensors are replicated, all have read them.
 - ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
 - ``READ``: the teller has read the listener's parts. Told where tensors are replicated, for on the way back their
-  gradients are written over them.
+  gradients are written over them. Between two lies a meeting, which the listener reaches only after it has taken the
+  first down.
 
 None is raised again before it was taken down. Of two meetings in a row each has its own flag, and no rank is more than
 one ahead. Recorded passes meet at one flag only: between two of them lie the averages of the first, for which each rank
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from commons.device import Device
 
 SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
-ALIGNED_ELEMENTS = 128  # parts begin at a multiple, so that wide copies and kernels find them aligned
+# What a rank shares of a tensor begins at a multiple, so that wide copies and kernels find it aligned. On 2, 4 and 8
+# ranks all parts of replicated tensors do so nearly, by the widths of models: at 16 bytes.
+ALIGNED_ELEMENTS = 128
 
 
 class Flag(IntEnum):
@@ -76,6 +79,7 @@ class PeerCopies:
         parts: for each tensor its parts by rank, flat; this rank's are its own to fill.
         wholes: each tensor [ranks * elements] in this rank's memory, where they are ``replicated``; else none.
         shared_bytes: device memory taken for it, as far as torch's allocator does not count it.
+        link_rate: bytes a second from another rank, when all copy.
     """
 
     def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype, replicated: bool = False) -> None:
@@ -83,6 +87,7 @@ class PeerCopies:
         self._meetings = self._averages = 0
         # at one time every rank reads from another: the next one after it first
         self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
+        self._replicated = replicated
         # what each rank shares of a tensor, and where in it its part begins; both in parts
         held, places = (peers.size, range(peers.size)) if replicated else (1, [0] * peers.size)
         rooms = [_aligned(held * size) for size in part_sizes]
@@ -97,11 +102,11 @@ class PeerCopies:
         self._inboxes = [
             inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
         ]
-        self.shared_bytes = peers.unseen_bytes
+        self.shared_bytes, self.link_rate = peers.unseen_bytes, peers.link_rate
 
     def meet(self) -> None:
         """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
-        everything that writes parts, and after a pass that averages nothing, where parts are not replicated.
+        everything that writes parts. Where tensors are not replicated, also after a pass that averages nothing.
         """
         flag = (Flag.BEGIN, Flag.BEGIN_TOO)[self._meetings % 2]
         if self._peers.recording():
@@ -113,20 +118,19 @@ class PeerCopies:
 
     def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
         """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream, which is behind the
-        pass's meeting. What is in its place already stays.
+        pass's meeting. Of a replicated tensor this rank's own is there.
         """
         pieces = whole.chunk(self._peers.size)
-        for peer in (*self._others, self._peers.rank):
-            if pieces[peer].data_ptr() != parts[peer].data_ptr():
-                pieces[peer].copy_(parts[peer])
+        for peer in self._others if self._replicated else (*self._others, self._peers.rank):
+            pieces[peer].copy_(parts[peer])
 
     def tell_read(self) -> None:
         """Of replicated tensors: this rank has gathered all of them, on the current stream."""
         self._tell_all(Flag.READ)
 
     def await_read(self) -> None:
-        """Let the current stream wait until all other ranks have: once for each :meth:`tell_read`, before gradients
-        take the tensors' place, or parts are written again.
+        """Let the current stream wait until all other ranks have read this one's parts: once for each
+        :meth:`tell_read`, behind it, and before gradients take the tensors' place or parts are written again.
         """
         self._await_all(Flag.READ)
 

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 LOOK_SECONDS = 50e-6  # between two looks at a flag, on a CPU
 TRIAL_ELEMENTS = 1 << 18  # 1 MiB: as long a copy as takes the copy engines' way
+TIMED_COPIES = 32
 # torch would set up NVLink multicast for memory that ranks share. Nothing here uses it, and on some hosts it is what
 # fails (https://github.com/pytorch/pytorch/issues/162429).
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
@@ -34,11 +35,13 @@ class Peers(Protocol):
     Attributes:
         rank, size: in the group.
         unseen_bytes: memory given out that torch's allocator does not count.
+        link_rate: bytes a second that were copied from another rank, when all did so.
     """
 
     rank: int
     size: int
     unseen_bytes: int
+    link_rate: float
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Zeros on every rank, flat, as every rank can read and write them; by rank (collective)."""
@@ -132,6 +135,13 @@ class GpuPeers:
 
         _on_all(self._group, write)
         _on_all(self._group, look)  # the first flag in earnest finds them down
+        page, start, end = pages[others[0]][others[0]], *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED_COPIES):
+            pattern.copy_(page)
+        end.record()
+        end.synchronize()
+        self.link_rate = TIMED_COPIES * page.nbytes * 1000 / start.elapsed_time(end)
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
@@ -181,7 +191,7 @@ class HostPeers:
 
     def __init__(self, group: dist.ProcessGroup, flags: int) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.unseen_bytes = 0
+        self.unseen_bytes, self.link_rate = 0, float("inf")
         self._group = group
         _on_all(group, self._check_processor)
         self._signals = self.share(flags * self.size, torch.int32)

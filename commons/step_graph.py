@@ -38,7 +38,7 @@ def graph_problems(
         (device_type != "cuda", "on a CPU"),
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
         (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
-        # freed beside the computing stream, which a recording does only at its end
+        # freed beside the computing stream, which a recording does only at its end; what is replicated is never freed
         (
             several and config.max_prefetch == 0 and config.shard_param_frac != 0,
             "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",

@@ -182,7 +182,7 @@ def shared_files() -> list[str]:
 
 
 STEPS, TOKENS = 4, 4 * 64
-LATE_SECONDS = 0.03
+LATE_SECONDS = 0.01
 COMMON = (
     f"--model_type gpt2_tiny --batch_size 4 --seq_len 64 --lr 1e-3 --train_step {STEPS} --warmup_step 1"
     " --compile off --run_name unused"
@@ -219,7 +219,7 @@ def check_training(here: device.Device) -> None:
             session = build_session(config, here)
             assert session.header()["peer_copies"] == (choice == "on")
             averages.after.clear()
-            with Collectives() as counts:
+            with Collectives() as counts, LateGathers(here.rank == 1 and "replicated" in name):
                 records = [(step.loss, step.grad_norm, step.skipped_steps) for step in train_steps(session)]
             chunks, batches = chunks_of(session), STEPS * config.grad_accum
             if choice == "on":
@@ -233,11 +233,16 @@ def check_training(here: device.Device) -> None:
             else:
                 assert counts["gathers"] >= STEPS + batches * len(chunks)
                 assert counts["reductions"] == batches * len(chunks)
-            found[choice] = records, [inferred(session, seed) for seed in range(3)], of_own_loss(session)
+            inferences = [inferred(session, seed) for seed in range(3)]
+            found[choice] = records, inferences, of_own_loss(session)
+            if "overflows" not in name:  # in fp16 a mean can be finite where a sum is not
+                found[choice] += (interrupted(session),)
+            if choice == "on":
+                check_flags(chunks[0].copies)
         if here.rank == 0:
             print(name, found["on"], flush=True)
         assert found["on"] == found["off"], name
-        records, inferences, _ = found["on"]
+        records, inferences, *_ = found["on"]
         assert len({loss for loss, _, _ in records}) == STEPS and len(set(inferences)) == len(inferences)
         assert ("overflows" in name) == (records[-1][2] > 0), name
 
@@ -250,19 +255,8 @@ def inferred(session: Any, seed: int) -> float:
     for index, chunk in enumerate(chunks_of(session)):
         generator = torch.Generator().manual_seed(1000 * seed + 10 * index + rank)
         chunk.cuda_shard.copy_(0.02 * torch.randn(chunk.shard_size, generator=generator))
-    gather, late = PeerCopies.gather, [rank == seed % 2]
-
-    def late_gather(*arguments: Any) -> None:
-        time.sleep(LATE_SECONDS * late[0])
-        late[0] = False
-        gather(*arguments)
-
-    PeerCopies.gather = late_gather  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with torch.no_grad():
-            return session.trainable.forward(torch.arange(64).view(1, 64) + seed).item()
-    finally:
-        PeerCopies.gather = gather
+    with LateGathers(rank == seed % 2), torch.no_grad():
+        return session.trainable.forward(torch.arange(64).view(1, 64) + seed).item()
 
 
 def of_own_loss(session: Any) -> list[float]:
@@ -270,13 +264,59 @@ def of_own_loss(session: Any) -> list[float]:
     trainable = session.trainable
     logits = trainable.model(input_ids=torch.arange(64).view(1, 64) + session.device.rank).logits
     trainable.backward(logits.float().square().mean())
-    ends = [(chunk.grad_chunk or chunk, chunk.get_valid_length()) for chunk in chunks_of(session)]
-    return [chunk.payload[:end].double().norm().item() for chunk, end in ends]
+    return norms_of(session)
+
+
+def interrupted(session: Any) -> list[float]:
+    """After a call that fails on all ranks: the loss of an inference that comes between the two passes, and the norms
+    of the gradients, one rank being late in between.
+    """
+    rank, trainable, tokens = session.device.rank, session.trainable, torch.arange(64).view(1, 64)
+    inferred(session, 3)  # with weights again, whose place the last gradients have taken
+    try:
+        trainable.forward(tokens.float())
+        raise AssertionError("numbers that are no tokens were taken")
+    except RuntimeError:
+        pass
+    loss = trainable.forward(tokens + rank)
+    with torch.no_grad():
+        between = trainable.forward(tokens).item()
+    time.sleep(10 * LATE_SECONDS * rank)
+    trainable.backward(loss)
+    return [between, *norms_of(session)]
+
+
+def norms_of(session: Any) -> list[float]:
+    """Of this rank's gradients, a number a chunk; its padding does not count."""
+    norms = []
+    for chunk in chunks_of(session):
+        gradients = chunk.grad_chunk or chunk
+        norms.append(gradients.payload[: chunk.get_valid_length()].double().norm().item())
+        gradients.l2_norm = None  # an update would forget it
+    return norms
 
 
 def chunks_of(session: Any) -> tuple[Any, ...]:
     gemini = session.trainable.model
     return gemini.chunk_manager.get_chunks(gemini.fp16_params)
+
+
+class LateGathers:
+    """This rank's copies from others come late, if it is ``late``."""
+
+    def __init__(self, late: bool) -> None:
+        self._late, self._gather = late, PeerCopies.gather
+
+    def __enter__(self) -> None:
+        def gather(*arguments: Any) -> None:
+            time.sleep(LATE_SECONDS)
+            self._gather(*arguments)
+
+        if self._late:
+            PeerCopies.gather = gather  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __exit__(self, *_: object) -> None:
+        PeerCopies.gather = self._gather
 
 
 class Averages:

@@ -40,6 +40,7 @@ from commons.step_graph import join
 # Tokens whose backward pass through the whole model takes as long as all averages and a third more: 25 and 19 ms for
 # gpt2_xl on two H100s. A copy takes 0.09 ms, but each mean waits until a matrix product leaves the multiprocessors.
 AVERAGED_BESIDE = 2048
+SLEEPING_LINK = 64e9  # bytes a second: PCIe 5.0 has fewer, NVLink of every GPU with bf16 has more
 
 # ColoParameter answers every operation, even a look at its .grad, in Python; nothing here needs to hear of it
 plain_tensors = torch._C.DisableTorchFunctionSubclass
@@ -59,8 +60,8 @@ class ChunkGradients:
     reach over two blocks.
 
     Chunks that stay whole (commons.colossal.peer_chunks) can wait for their average without taking memory. They do, so
-    that what goes between GPUs goes at one time, the end of the backward pass: a link that rests for 50 ms sleeps, and
-    awake it takes power from the matrix products (benchmarks/NOTES.md).
+    that what goes between GPUs goes at one time, the end of the backward pass: NVLink sleeps when it rests for 50 ms,
+    and awake it takes power from the matrix products (benchmarks.links). Slower links need all the time there is.
 
     Args:
         gemini: the wrapped model.
@@ -78,16 +79,16 @@ class ChunkGradients:
         # only fp16 looks for infinities, and each look is a pass over all gradients
         self._checks_overflow = gemini.mixed_precision is torch.float16
         chunks: list[Any] = [*uses]
-        self._can_wait = self._manager.reuse_fp16_chunk and all(chunk.replicated for chunk in chunks)
+        self._can_wait = self._manager.reuse_fp16_chunk and all(
+            chunk.replicated and chunk.copies.link_rate > SLEEPING_LINK for chunk in chunks
+        )
         self._waiting: list[tuple[Chunk, Chunk]] = []
         self._waits = self._delivered = 0
 
     def begin(self, tokens: int) -> None:
         """A pass over ``tokens`` of this rank begins."""
-        self._waiting.clear()
         self._delivered = 0
-        at_end = min(1.0, AVERAGED_BESIDE / tokens) if self._can_wait else 1.0
-        self._waits = int(len(self._uses) * (1 - at_end))
+        self._waits = int(len(self._uses) * (1 - AVERAGED_BESIDE / tokens)) if self._can_wait else 0
 
     def add(
         self, parameters: Iterable[torch.Tensor], gradients: Iterable[torch.Tensor], chunks: dict[Chunk, int]

@@ -5,7 +5,8 @@ A chunk is whole (gathered) in ``cuda_global_chunk`` or a rank's part in ``cuda_
 is the whole, but upstream allocates, copies and frees at every turn from one to the other: at each release,
 at each access, and at the reduction of gradients. Here, on one rank, ``cuda_shard`` is the same memory as
 ``cuda_global_chunk``. The accounting stays right by itself: ``Chunk.memory_usage`` counts the one or the
-other.
+other. Of a replicated chunk (commons.colossal.peer_chunks) it counts the part although all of it is there; only
+placement auto would read that, which has none.
 
 https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/chunk.py
 """
@@ -76,7 +77,9 @@ def gather(self: Any, async_op: bool = False) -> Any:
     self.allocated_on = get_accelerator().current_stream() if async_op else None
     if not (_is_alone(self) or self.parts):
         return _gather(self, async_op)
-    if self.parts:
+    if self.replicated:
+        pass  # it is gathered where a pass begins, and nowhere else: see peer_chunks
+    elif self.parts:
         alloc_storage(self.cuda_global_chunk)
         self.copies.gather(self.parts, self.cuda_global_chunk)
     elif is_storage_empty(self.cuda_global_chunk):

@@ -4,7 +4,8 @@ A rank's part of a chunk gets a place in memory that the other ranks read, and s
 when its gradients take the weights' place, and when the optimizer writes the new weights over them.
 
 Under ``--shard_param_frac 0`` every rank has memory for all of each chunk for good, and its part is a piece of it, so
-that no part is copied to where it is gathered. All chunks are gathered once a step, when it begins.
+that no part is copied to where it is gathered. All chunks are gathered when a pass over the model begins, and never
+later: the other ranks' gradients may have taken the parts' place by then.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ def share_parts(gemini: GeminiDDP, peers: Peers, replicated: bool) -> PeerCopies
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
         chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
-    for chunk, whole in zip(chunks, copies.wholes, strict=False):
-        chunk.cuda_global_chunk, chunk.replicated = whole, True
-    passes = _replicated_passes(gemini, copies, chunks) if replicated else _sharded_passes(gemini, copies)
+    passes = _sharded_passes(gemini, copies)
+    if replicated:
+        for chunk, whole in zip(chunks, copies.wholes, strict=True):
+            chunk.cuda_global_chunk, chunk.replicated = whole, True
+        passes = _replicated_passes(gemini, copies, chunks)
     gemini.forward = passes  # pyright: ignore[reportAttributeAccessIssue]
     return copies
 
@@ -53,10 +56,11 @@ def _sharded_passes(gemini: Any, copies: PeerCopies) -> Callable[..., Any]:
 
 
 def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Callable[..., Any]:
-    """The same with all chunks gathered at its beginning, in their order, beside the computation. At its end all ranks
-    have done so, and what is gathered may be written.
+    """The call of the model with the ranks meeting before it, and all chunks gathered at its beginning, in their order,
+    beside the computation. At its end all ranks have done so, and what is gathered may be written.
     """
     forward, manager, chunk_manager = gemini.forward, gemini.gemini_manager, gemini.chunk_manager
+    manager.placement_policy.max_prefetch = 0  # nothing is left to be gathered ahead
     accelerator: Any = get_accelerator()
     stream = chunk_manager._prefetch_stream
     beside = stream is not None
@@ -67,12 +71,17 @@ def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Ca
             stream.wait_stream(accelerator.current_stream())
         with accelerator.stream(stream):
             for chunk in chunks:
+                if not chunk.is_gathered:
+                    copies.gather(chunk.parts, chunk.cuda_global_chunk)
                 work = chunk_manager.access_chunk(chunk, async_access=beside)
                 if work is not None:
                     manager.add_work(chunk, work)
             copies.tell_read()
-        out = forward(*arguments, **options)
-        copies.await_read()
-        return out
+        try:
+            return forward(*arguments, **options)
+        finally:
+            if beside:
+                accelerator.current_stream().wait_stream(stream)  # a wait never comes before what is told, recorded too
+            copies.await_read()
 
     return met

@@ -290,6 +290,42 @@ def _mend_unscaling() -> None:
     FP16MixedPrecisionMixin.get_grad_div_scale = remembered
 
 
+# --- Inference between the passes of training ---------------------------------------------------------------
+
+
+def _inference_counts_as_training() -> bool:
+    """Run an inference of one region when training has come to its second: upstream notes it in the order by which
+    chunks are gathered ahead, and begins to count anew.
+    """
+    manager = SimpleNamespace(_compute_idx=1, _compute_list=["first", "second"])
+    manager.reset_attributes = lambda: setattr(manager, "_compute_idx", -1)
+    model = SimpleNamespace(
+        gemini_manager=manager,
+        hooks=(),
+        scatter_after_inference=True,
+        module=lambda: manager._compute_list.append("inference"),
+        _post_forward=lambda: None,
+    )
+    GeminiDDP._inference_forward(model)  # pyright: ignore[reportArgumentType]
+    return (manager._compute_idx, manager._compute_list) != (1, ["first", "second"])
+
+
+def _mend_order() -> None:
+    inference_forward = GeminiDDP._inference_forward
+
+    def leave_no_trace(self: Any, *arguments: Any, **options: Any) -> Any:
+        manager = self.gemini_manager
+        index, length = manager._compute_idx, len(manager._compute_list)
+        manager._compute_idx = -1
+        try:
+            return inference_forward(self, *arguments, **options)
+        finally:
+            manager._compute_idx = index
+            del manager._compute_list[length:]
+
+    GeminiDDP._inference_forward = leave_no_trace
+
+
 # --- Inference with chunks gathered ahead -------------------------------------------------------------------
 
 
@@ -360,6 +396,14 @@ FIXES = (
         " used still counts as on its way",
         _gathered_ahead_is_forgotten,
         _mend_inference,
+    ),
+    Fix(
+        "zero/gemini/gemini_ddp.py",
+        "GeminiDDP._inference_forward",
+        "with max_prefetch an inference before the first step, or between the two passes of one, ends the backward pass"
+        ' with "the synchronization of gradients doesn\'t exit properly": chunks are gathered ahead that are through',
+        _inference_counts_as_training,
+        _mend_order,
     ),
 )
 
