@@ -27,7 +27,7 @@ from commons.engine import build_session, train_steps
 from commons.peer_copies import Flag, PeerCopies, find_peers
 from commons.peers import HostPeers
 
-HANGS_SECONDS = 100  # after which every rank shows where it is, and ends
+HANGS_SECONDS = 200  # after which every rank shows where it is, and ends
 FILES = "gemini-gpt2-"  # what the names of those begin with that ranks share memory through
 
 ROUNDS = 60
@@ -218,6 +218,8 @@ def check_training(here: device.Device) -> None:
             config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
             session = build_session(config, here)
             assert session.header()["peer_copies"] == (choice == "on")
+            with torch.no_grad():  # before the first step, which tells Gemini the order of its chunks
+                early = session.trainable.forward(torch.arange(64).view(1, 64)).item()
             averages.after.clear()
             with Collectives() as counts, LateGathers(here.rank == 1 and "replicated" in name):
                 records = [(step.loss, step.grad_norm, step.skipped_steps) for step in train_steps(session)]
@@ -234,7 +236,7 @@ def check_training(here: device.Device) -> None:
                 assert counts["gathers"] >= STEPS + batches * len(chunks)
                 assert counts["reductions"] == batches * len(chunks)
             inferences = [inferred(session, seed) for seed in range(3)]
-            found[choice] = records, inferences, of_own_loss(session)
+            found[choice] = records, [early, *inferences], of_own_loss(session)
             if "overflows" not in name:  # in fp16 a mean can be finite where a sum is not
                 found[choice] += (interrupted(session),)
             if choice == "on":
@@ -278,7 +280,8 @@ def interrupted(session: Any) -> list[float]:
         raise AssertionError("numbers that are no tokens were taken")
     except RuntimeError:
         pass
-    loss = trainable.forward(tokens + rank)
+    with LateGathers(rank == 1):
+        loss = trainable.forward(tokens + rank)
     with torch.no_grad():
         between = trainable.forward(tokens).item()
     time.sleep(10 * LATE_SECONDS * rank)

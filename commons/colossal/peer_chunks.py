@@ -71,8 +71,7 @@ def _replicated_passes(gemini: Any, copies: PeerCopies, chunks: list[Any]) -> Ca
             stream.wait_stream(accelerator.current_stream())
         with accelerator.stream(stream):
             for chunk in chunks:
-                if not chunk.is_gathered:
-                    copies.gather(chunk.parts, chunk.cuda_global_chunk)
+                copies.gather(chunk.parts, chunk.cuda_global_chunk)
                 work = chunk_manager.access_chunk(chunk, async_access=beside)
                 if work is not None:
                     manager.add_work(chunk, work)
