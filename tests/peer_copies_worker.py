@@ -282,8 +282,8 @@ def interrupted(session: Any) -> list[float]:
         pass
     with LateGathers(rank == 1):
         loss = trainable.forward(tokens + rank)
-    with torch.no_grad():
-        between = trainable.forward(tokens).item()
+        with torch.no_grad():
+            between = trainable.forward(tokens).item()
     time.sleep(10 * LATE_SECONDS * rank)
     trainable.backward(loss)
     return [between, *norms_of(session)]
