@@ -84,7 +84,7 @@ class PlanFlags:
     shard_param_frac: float | None = _flag(
         None,
         "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default: 1.0);"
-        " 0 is the fastest between GPUs of one host, where memory allows",
+        " 0 is the fastest with --peer_copies over NVLink, where memory allows",
         "FRAC",
     )
     offload_optim_frac: float | None = _flag(
