@@ -216,7 +216,7 @@ def check_training(here: device.Device) -> None:
         found = {}
         for choice in ("on", "off"):
             config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
-            session = build_session(config, here)
+            session: Any = build_session(config, here)
             assert session.header()["peer_copies"] == (choice == "on")
             with torch.no_grad():  # before the first step, which tells Gemini the order of its chunks
                 early = session.trainable.forward(torch.arange(64).view(1, 64)).item()
