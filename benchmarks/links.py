@@ -47,7 +47,9 @@ CASES = (
 
 
 class Worker:
-    """One GPU with its matrices, and the stream on which it copies from the other."""
+    """One GPU with its matrices, and a stream each for products and for copies from the other. Products stay off the
+    default one, for which torch lets copies from another GPU wait.
+    """
 
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
@@ -57,11 +59,12 @@ class Worker:
             self._right = 0.02 * torch.randn(INNER, WIDTH, dtype=torch.bfloat16)
             self._out = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
             self.given, self.taken = (torch.zeros(max(case.nbytes for case in CASES), dtype=torch.uint8) for _ in "ab")
-        self._stream = torch.cuda.Stream(gpu)
+        torch.cuda.synchronize(gpu)
+        self._products, self._copies = (torch.cuda.Stream(gpu) for _ in "ab")
         self.marks: list[Any] = []
 
     def multiply(self) -> None:
-        with torch.cuda.device(self.gpu):
+        with torch.cuda.stream(self._products):
             for _ in range(AT_ONCE):
                 torch.mm(self._left, self._right, out=self._out)
             mark = torch.cuda.Event(enable_timing=True)
@@ -70,8 +73,8 @@ class Worker:
 
     def take(self, other: Worker, nbytes: int) -> None:
         """Copy beside the next products."""
-        self._stream.wait_event(self.marks[-1])
-        with torch.cuda.stream(self._stream):
+        self._copies.wait_event(self.marks[-1])
+        with torch.cuda.stream(self._copies):
             self.taken[:nbytes].copy_(other.given[:nbytes], non_blocking=True)
 
     def product_us(self) -> float:
