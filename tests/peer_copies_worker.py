@@ -41,10 +41,12 @@ LARGEST = {torch.bfloat16: 256, torch.float32: 1 << 20}
 class UnevenPeers(HostPeers):
     """Ranks that stop for a random while wherever they tell each other something, so that a missing wait shows."""
 
-    def __init__(self, group: dist.ProcessGroup, flags: int = len(Flag)) -> None:
+    def __init__(self, group: dist.ProcessGroup, flags: int = len(Flag), slow: bool = False) -> None:
         self._pauses = random.Random(dist.get_rank(group))
         self.recorded = False
         super().__init__(group, flags)
+        if slow:
+            self.link_rate = 50e9
 
     def tell(self, peer: int, flag: int) -> None:
         self.pause()
@@ -201,12 +203,12 @@ CASES = {
     "replicated, accumulation": "--blocks_per_chunk 1 --shard_param_frac 0 --grad_accum 2 --clip_grad_norm 0.5",
     "replicated, fp16": "--blocks_per_chunk 1 --shard_param_frac 0 --precision fp16 --clip_grad_norm 0.5",
     "replicated in one chunk": "--shard_param_frac 0",
+    "replicated, slow links": "--blocks_per_chunk 1 --shard_param_frac 0",
 }
 
 
 def check_training(here: device.Device) -> None:
     """The same losses and norms to the bit, and no collective of the process group for a chunk."""
-    peer_copies.peers_of = lambda _: UnevenPeers(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
     prepare("cpu")
     from commons.colossal import block_hooks
 
@@ -214,6 +216,8 @@ def check_training(here: device.Device) -> None:
     averages = Averages(block_hooks.ChunkGradients)
     for name, flags in CASES.items():
         found = {}
+        group, slow = dist.group.WORLD, "slow" in name
+        peer_copies.peers_of = lambda _, group=group, slow=slow: UnevenPeers(group, slow=slow)  # pyright: ignore
         for choice in ("on", "off"):
             config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
             session: Any = build_session(config, here)
@@ -226,8 +230,8 @@ def check_training(here: device.Device) -> None:
             chunks, batches = chunks_of(session), STEPS * config.grad_accum
             if choice == "on":
                 assert counts == {"gathers": STEPS}, counts  # of what is recorded of a step
-                # the first half waits where chunks stay whole and are not accumulated elsewhere
-                waits = len(chunks) // 2 if "replicated" in name and config.grad_accum == 1 else 0
+                # the first half waits where chunks stay whole, are not accumulated elsewhere, and links would sleep
+                waits = len(chunks) // 2 if "replicated" in name and config.grad_accum == 1 and not slow else 0
                 assert averages.after == [max(waits, index) + 1 for index in range(len(chunks))] * batches
                 for chunk in chunks:
                     assert chunk.cuda_shard.data_ptr() == chunk.parts[here.rank].data_ptr()
