@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed import median_and_range
 from commons.environment import describe_environment
 
 ROWS, INNER, WIDTH = 16384, 6400, 1600
@@ -112,14 +113,13 @@ def table(results: dict[str, list[dict]]) -> str:
     rows = ["| copies | µs a product | to none | clock, MHz | power, W |", "| --- | ---: | ---: | ---: | ---: |"]
     for label, runs in results.items():
         times = _all(runs, "product_us")
-        middle = statistics.median(times)
         clock, watts = (statistics.median(_all(runs, key) or [float("nan")]) for key in ("clock_mhz", "power_w"))
-        spread = f"{middle:.1f} ({min(times):.1f}–{max(times):.1f})"
-        rows.append(f"| {label} | {spread} | {middle / base:.3f} | {clock:.0f} | {watts:.0f} |")
+        ratio = statistics.median(times) / base
+        rows.append(f"| {label} | {median_and_range(times, 1, 1)} | {ratio:.3f} | {clock:.0f} | {watts:.0f} |")
     return "\n".join(rows) + "\n"
 
 
-def _all(runs: list[dict], key: str) -> list[float]:
+def _all(runs: list[dict], key: str) -> list[Any]:
     return [value for run in runs for value in run[key]]
 
 

@@ -85,7 +85,6 @@ def _large(devices: int) -> list[Case]:
     common = "--model_type gpt2_10b --batch_size 8 --max_prefetch 2 --activation_checkpointing"
     cases = {
         "recompute on": f"{common} on",
-        "recompute on, replicated": f"{common} on --shard_param_frac 0",
         "recompute selective": f"{common} selective",
         "recompute on, optimizer on the host, batch 32": f"{common} on --offload_optim_frac 1 --batch_size 32",
     }
@@ -116,17 +115,17 @@ COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "tokens/s": lambda runs: _spread(runs, "tokens_per_second", 1, 0),
     "model TFLOPS a device": lambda runs: _spread(runs, "model_tflops_per_device", 1, 1),
     "MFU": lambda runs: _spread(runs, "mfu", 100, 1),
-    "start to first step, s": lambda runs: _range([run["first_step_seconds"] for run in runs], 1, 1),
-    "peak memory, MiB": lambda runs: _range([run["peak_device_memory_mib"] for run in runs], 1, 0),
+    "start to first step, s": lambda runs: median_and_range([run["first_step_seconds"] for run in runs], 1, 1),
+    "peak memory, MiB": lambda runs: median_and_range([run["peak_device_memory_mib"] for run in runs], 1, 0),
 }
 
 
 def _spread(runs: list[dict], key: str, factor: float, digits: int) -> str:
     """Of the medians over steps that each repeat has under ``key``."""
-    return _range([run[key]["median"] for run in runs], factor, digits)
+    return median_and_range([run[key]["median"] for run in runs], factor, digits)
 
 
-def _range(values: list[float | None], factor: float, digits: int) -> str:
+def median_and_range(values: list[float | None], factor: float, digits: int) -> str:
     """The median of the repeats, and from where to where they go if that shows; a dash for what was not measured."""
     known = [value * factor for value in values if value is not None]
     if not known:

@@ -135,13 +135,8 @@ class GpuPeers:
 
         _on_all(self._group, write)
         _on_all(self._group, look)  # the first flag in earnest finds them down
-        page, start, end = pages[others[0]][others[0]], *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(TIMED_COPIES):
-            pattern.copy_(page)
-        end.record()
-        end.synchronize()
-        self.link_rate = TIMED_COPIES * page.nbytes * 1000 / start.elapsed_time(end)
+        following = (self.rank + 1) % self.size  # were all to read from one rank, they would share its link
+        self.link_rate = _copy_rate(pages[following][following], pattern)
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         from torch.distributed import _symmetric_memory as symmetric
@@ -182,6 +177,17 @@ class GpuPeers:
         )
         if status:
             raise RuntimeError(f"{function} returned {status}")
+
+
+def _copy_rate(page: torch.Tensor, into: torch.Tensor) -> float:
+    """Bytes a second."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(TIMED_COPIES):
+        into.copy_(page)
+    end.record()
+    end.synchronize()
+    return TIMED_COPIES * page.nbytes * 1000 / start.elapsed_time(end)
 
 
 class HostPeers:

@@ -30,11 +30,10 @@ def share_parts(gemini: GeminiDDP, peers: Peers, replicated: bool) -> PeerCopies
         place = parts[chunk.pg_rank]
         place.copy_(chunk.cuda_shard)
         chunk.cuda_shard, chunk.parts, chunk.copies = place, parts, copies
-    passes = _sharded_passes(gemini, copies)
     if replicated:
         for chunk, whole in zip(chunks, copies.wholes, strict=True):
             chunk.cuda_global_chunk, chunk.replicated = whole, True
-        passes = _replicated_passes(gemini, copies, chunks)
+    passes = _replicated_passes(gemini, copies, chunks) if replicated else _sharded_passes(gemini, copies)
     gemini.forward = passes  # pyright: ignore[reportAttributeAccessIssue]
     return copies
 
