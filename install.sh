@@ -3,7 +3,7 @@
 #
 #     python="$(bash install.sh)"
 #
-# It uses the active environment if that has everything in the tested versions (commons/versions.py), and then
+# It uses the active environment if that has everything in the tested versions (commons/doctor/versions.py), and then
 # touches no network. Else it makes .venv beside this file, or finishes one that was left half made.
 # What it does, and why it could not, goes to stderr; the exit code is 0 only if the environment is ready.
 #
@@ -29,7 +29,7 @@ state_file="$venv/install.state"
 
 pins_file="$venv/install.requirements" # requirements.txt, with the torch that this machine can run
 
-readonly untested=10 # EXIT_UNTESTED in commons/versions.py
+readonly untested=10 # EXIT_UNTESTED in commons/doctor/versions.py
 readonly tested_pythons=(3.12 3.11 3.10)
 readonly needed_mib=2000 needed_with_cuda_mib=9000
 
@@ -50,10 +50,10 @@ fail() {
 
 # ---- what is there
 
-# check PYTHON: exits with commons/versions.py's code; what it printed is left in $findings, as one line.
+# check PYTHON: exits with commons/doctor/versions.py's code; what it printed is left in $findings, as one line.
 check() {
     local code=0
-    findings="$("$1" "$root/commons/versions.py" ${dev:+--tests} 2>&1)" || code=$?
+    findings="$("$1" "$root/commons/doctor/versions.py" ${dev:+--tests} 2>&1)" || code=$?
     findings="${findings//$'\n'/; }"
     return "$code"
 }

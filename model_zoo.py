@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from commons.recompute import MODES, checkpoint_arguments
+from commons.ops.activation_checkpointing import MODES, checkpoint_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def build_model(
         attention: "sdpa" (torch's scaled_dot_product_attention), "flash" (the same; whoever runs the model
             restricts it to its flash kernel) or "eager" (matmul, softmax, matmul).
         dropout: probability, the same for embeddings, attention weights and residuals.
-        activation_checkpointing: "off", "selective" or "on", see commons.recompute.
+        activation_checkpointing: "off", "selective" or "on", see commons.ops.activation_checkpointing.
 
     Raises:
         ValueError: an unknown attention or activation_checkpointing, a dropout outside [0, 1), or heads that do not

@@ -8,7 +8,7 @@
 #     bash run_gemini.sh --doctor [--json] [--failure "the error's text"] why does it not start?
 #
 # Variables: DISTPLAN MODEL_TYPE BATCH_SIZE TRAIN_STEP GPUNUM TPDEGREE PPDEGREE PLACEMENT SEQ_LEN PRECISION, and for
-# more than one machine NNODES NODE_RANK MASTER_ADDR MASTER_PORT. They are read by commons/launcher.py.
+# more than one machine NNODES NODE_RANK MASTER_ADDR MASTER_PORT. They are read by commons/launch/launcher.py.
 # The first start installs what is needed (install.sh). The exit code is the training's.
 
 set -euo pipefail
@@ -31,4 +31,4 @@ if [[ -n $doctor ]]; then
 fi
 
 python="$(bash "$root/install.sh")"
-exec "$python" -m commons.launcher "$@"
+exec "$python" -m commons.launch.launcher "$@"

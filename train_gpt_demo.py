@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from commons import device
-from commons.config import TrainConfig
+from commons.config.schema import TrainConfig
+from commons.distributed import device
 from commons.doctor import explain_uncaught
-from commons.guard import Guard, on_duty
-from commons.noise import quiet_libraries
-from commons.pulse import group_timeout_seconds
-from commons.run_log import open_log
+from commons.lifecycle.guard import Guard, on_duty
+from commons.lifecycle.heartbeat import group_timeout_seconds
+from commons.reporting.noise import quiet_libraries
+from commons.reporting.run_log import open_log
 
 
 def main(argv: list[str]) -> None:
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
 
 def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
     """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
-    from commons.engine import build_session, train_steps
-    from commons.parity import check_parity, with_known_norms
+    from commons.training.loop import build_session, train_steps
+    from commons.training.parity import check_parity, with_known_norms
 
     if config.check_parity:
         config = with_known_norms(config)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from commons import device
-from commons.config import TrainConfig
-from commons.environment import describe_environment
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.reporting.environment import describe_environment
 
 
 class Meter:
@@ -45,10 +45,10 @@ def main() -> None:
     config = TrainConfig.from_cli(["--distplan", "CAI_Gemini", *training_flags])
     here = device.launch(config.device, config.timeout)
 
-    from commons.engine import build_session, train_steps
+    from commons.training.loop import build_session, train_steps
 
     session = build_session(config, here)
-    from commons.colossal.adam_kernels import CompiledAdam, fused_adam
+    from commons.plans.colossal.adam_kernels import CompiledAdam, fused_adam
 
     by_chunks = session.trainable.optimizer.step.__self__  # pyright: ignore[reportAttributeAccessIssue]
     kernels = {"torch": fused_adam, "compiled": CompiledAdam(), "colossalai": upstream_adam()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed import median_and_range
-from commons.environment import describe_environment
+from commons.reporting.environment import describe_environment
 
 ROWS, INNER, WIDTH = 16384, 6400, 1600
 AT_ONCE = 12  # products between two looks at the clock, some 6 ms of an H100

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.parity_cases import CASES, COMMON, COMMON_OF_GEMINI, Case, Claim, claims, skips_as_it_must, why_not
-from commons.environment import SUITE_ROOT, describe_environment, python_path
+from commons.reporting.environment import SUITE_ROOT, describe_environment, python_path
 
 START_SECONDS = 120  # of the ranks, with everything imported
 CASE_SECONDS = 90  # at most, with compilation
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("flags", nargs="*", help="after --, of train_gpt_demo.py, for all cases")
     arguments = parser.parse_args(argv)
 
-    from commons.device import detect_type
+    from commons.distributed.device import detect_type
 
     device_type = detect_type(arguments.device)
     wanted = arguments.ranks or list(CASES)

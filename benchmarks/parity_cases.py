@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from commons.parity import BOUNDS
-from commons.plans import PLANS
+from commons.plans.registry import PLANS
+from commons.training.parity import BOUNDS
 
 # Steps are few, so that rounding cannot grow; the learning rate is high, so that a wrong update shows. Batch and
 # sequence are a CPU's on a GPU too.

@@ -31,10 +31,11 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.parity_cases import POISONED_STEP, Case
-from commons import device, parity
-from commons.config import TrainConfig
-from commons.engine import Session, build_session, train_steps
-from commons.metrics import StepRecord
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.reporting.record import StepRecord
+from commons.training import parity
+from commons.training.loop import Session, build_session, train_steps
 
 COLLECTIVE_SECONDS = 120.0  # what a rank may wait for another one that compiles
 OPTIMIZER_FILE = "optimizer.pt"
@@ -265,7 +266,7 @@ def offloaded_share(session: Session) -> dict[str, float]:
 
 
 def _tells_parts() -> Callable[[torch.Tensor], bool]:
-    from commons.colossal.upstream_fixes import is_split
+    from commons.plans.colossal.upstream_fixes import is_split
 
     return is_split
 

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from commons.environment import describe_environment
-from commons.plans import PLANS
+from commons.plans.registry import PLANS
+from commons.reporting.environment import describe_environment
 
 CASE_SECONDS = 420
 
@@ -140,7 +140,7 @@ def run_case(case: Case, common: list[str]) -> dict:
         command = [
             sys.executable,
             "-m",
-            "commons.launcher",
+            "commons.launch.launcher",
             "--log_dir",
             log_dir,
             "--run_name",

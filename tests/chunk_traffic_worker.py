@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.parity_cases import COMMON_OF_GEMINI
-from commons import device
-from commons.config import TrainConfig
-from commons.engine import build_session, train_steps
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.training.loop import build_session, train_steps
 
 STEPS = 3
 FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--run_name", "unused", *COMMON_OF_GEMINI.split()]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from commons import compiling, device
-from commons.config import TrainConfig
-from commons.engine import build_session, train_steps
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.model import compile as compiling
+from commons.training.loop import build_session, train_steps
 
 STEPS = 3
 FLAGS = [

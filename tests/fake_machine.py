@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commons import versions
-from commons.doctor import Machine
+from commons.doctor import Machine, versions
 from commons.doctor.machine import AllReduce, Disk, Distribution, TorchFiles, TorchImport
 from commons.doctor.processes import Completed
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from benchmarks import parity_worker
-from commons.colossal.imports import import_colossalai
+from commons.plans.colossal.imports import import_colossalai
 
 
 def leave_unmended() -> None:
     """Run with Colossal-AI's own norms, fractions, savings, partial biases, scales and steps of Gemini's optimizer."""
     import_colossalai()
-    from commons.colossal import chunk_adam, split_gpt2, upstream_fixes
+    from commons.plans.colossal import chunk_adam, split_gpt2, upstream_fixes
 
     upstream_fixes.FIXES = ()
     split_gpt2.SplitGPT2Policy._mark_partial_biases = lambda self: None
@@ -27,7 +27,7 @@ def leave_unmended() -> None:
 def take_upstream_forward() -> None:
     """Run with shardformer's own forward pass and loss, given the attention mask without which it fails."""
     import_colossalai()
-    from commons.colossal import boosted, split_gpt2
+    from commons.plans.colossal import boosted, split_gpt2
 
     split_gpt2.register = lambda: None
 
@@ -43,7 +43,7 @@ def take_upstream_loss() -> None:
     import_colossalai()
     from colossalai.shardformer.layer.loss import dist_cross_entropy
 
-    from commons.colossal import split_gpt2
+    from commons.plans.colossal import split_gpt2
 
     def loss(model: Any, logits: torch.Tensor, labels: torch.Tensor, shard_config: Any) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -56,7 +56,7 @@ def take_upstream_loss() -> None:
 def leave_chunks_unaligned() -> None:
     """Cut Gemini's chunks without regard to blocks, just above the largest matrix."""
     import_colossalai()
-    from commons.colossal import boosted
+    from commons.plans.colossal import boosted
 
     def chunk_configuration(shape: Any, zero_size: int, tp_degree: int, blocks: int) -> dict:
         return {zero_size: {"chunk_size": 4 * shape.hidden**2 // tp_degree, "keep_gathered": False}}

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commons import device, peer_copies, peers
-from commons.colossal.runtime import prepare
-from commons.config import TrainConfig
-from commons.ending import RunError
-from commons.engine import build_session, train_steps
-from commons.peer_copies import Flag, PeerCopies, find_peers
-from commons.peers import HostPeers
+from commons.config.schema import TrainConfig
+from commons.distributed import device, peer_copies
+from commons.distributed import peer_memory as peers
+from commons.distributed.peer_copies import Flag, PeerCopies, find_peers
+from commons.distributed.peer_memory import HostPeers
+from commons.lifecycle.outcome import RunError
+from commons.plans.colossal.runtime import prepare
+from commons.training.loop import build_session, train_steps
 
 HANGS_SECONDS = 200  # after which every rank shows where it is, and ends
 FILES = "gemini-gpt2-"  # what the names of those begin with that ranks share memory through
@@ -210,7 +211,7 @@ CASES = {
 def check_training(here: device.Device) -> None:
     """The same losses and norms to the bit, and no collective of the process group for a chunk."""
     prepare("cpu")
-    from commons.colossal import block_hooks
+    from commons.plans.colossal import block_hooks
 
     block_hooks.AVERAGED_BESIDE = TOKENS // 2  # as with thousands of them
     averages = Averages(block_hooks.ChunkGradients)

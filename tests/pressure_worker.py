@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks.parity_cases import COMMON
-from commons import device
-from commons.colossal.runtime import prepare
-from commons.config import TrainConfig
-from commons.engine import build_session, train_steps
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.plans.colossal.runtime import prepare
+from commons.training.loop import build_session, train_steps
 
 # 16 blocks and two more chunks, 1.8 MB in all, so that there is something to choose from
 FLAGS = f"{COMMON} --num_layers 16 --blocks_per_chunk 1 --device cpu"
@@ -70,7 +70,7 @@ def check(here: device.Device, common: str, batches: int) -> None:
 def main() -> None:
     here = device.launch("cpu", 60)
     prepare("cpu")
-    from commons.colossal import boosted, host_backend
+    from commons.plans.colossal import boosted, host_backend
 
     host_backend.install(CAPACITY, WORKING_SET)
     # auto fills its chunks in the order of the module; sums of bf16 gradients over batches are rounded differently

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-import commons.gpt2_functions
+import commons.model.gpt2
 import model_zoo
-from commons import device
-from commons.config import TrainConfig
-from commons.engine import build_session, train_steps
+from commons.config.schema import TrainConfig
+from commons.distributed import device
+from commons.training.loop import build_session, train_steps
 
 STEPS = 3
 FLAGS = [
@@ -67,16 +67,16 @@ def train(here: device.Device, flags: str, hooks: str) -> tuple[Any, list[tuple[
 
 def check_equal(here: device.Device) -> None:
     """Every bit the same with the same loss; with the loss in pieces, all but rounding."""
-    in_pieces = commons.gpt2_functions.next_token_loss
+    in_pieces = commons.model.gpt2.next_token_loss
     # what goes on inside of a region does not depend on the ranks
     skipped = ("dropout, recompute", "eager attention, dropout") if here.world_size == 1 else ()
     for name, flags in CASES.items():
         if name in skipped:
             continue
         _, by_operation = train(here, flags, "operation")
-        commons.gpt2_functions.next_token_loss = written_out_loss
+        commons.model.gpt2.next_token_loss = written_out_loss
         _, by_block = train(here, flags, "block")
-        commons.gpt2_functions.next_token_loss = in_pieces
+        commons.model.gpt2.next_token_loss = in_pieces
         if here.rank == 0:
             print(name, by_operation, by_block, flush=True)
         assert by_block == by_operation, name
@@ -94,7 +94,7 @@ def check_calls(here: device.Device) -> None:
     from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
-    from commons.colossal.block_hooks import Region
+    from commons.plans.colossal.block_hooks import Region
 
     counts: Counter = Counter()
 

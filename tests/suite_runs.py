@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from commons.ending import STOP_SIGNALS
-from commons.environment import python_path
+from commons.lifecycle.outcome import STOP_SIGNALS
+from commons.reporting.environment import python_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_SECONDS = 240
@@ -105,7 +105,7 @@ def launch(log_dir: Path, *flags: str, ranks: int = 1, **environment: str) -> Fi
     command = [
         sys.executable,
         "-m",
-        "commons.launcher",
+        "commons.launch.launcher",
         "--log_dir",
         str(log_dir),
         "--run_name",

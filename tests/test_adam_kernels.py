@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from commons.colossal.runtime import prepare
+from commons.plans.colossal.runtime import prepare
 
 prepare("cpu")
 
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader  # noqa: E402
 
-from commons.colossal import adam_kernels  # noqa: E402
-from commons.colossal.adam_kernels import (  # noqa: E402
+from commons.plans.colossal import adam_kernels  # noqa: E402
+from commons.plans.colossal.adam_kernels import (  # noqa: E402
     AdamSettings,
     AdamSlot,
     CompiledAdam,
@@ -105,7 +105,7 @@ def test_conversion_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loaders_hand_out_torch_kernels() -> None:
     """Nothing there could look for nvcc or a compiler."""
     for loader in (FusedOptimizerLoader, CPUAdamLoader):
-        assert [extension.__module__ for extension in loader.REGISTRY] == ["commons.colossal.adam_kernels"]
+        assert [extension.__module__ for extension in loader.REGISTRY] == ["commons.plans.colossal.adam_kernels"]
         assert loader().load() is not None
 
 

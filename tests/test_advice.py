@@ -15,11 +15,11 @@ from typing import get_type_hints
 
 import pytest
 
-from commons import checks
-from commons.checks import problems
-from commons.cli import read_value
-from commons.config import TrainConfig
-from commons.plans import PLANS
+from commons.cli import checks
+from commons.cli.checks import problems
+from commons.cli.flags import read_value
+from commons.config.schema import TrainConfig
+from commons.plans.registry import PLANS
 
 HINTS = get_type_hints(TrainConfig)
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from commons.colossal.runtime import prepare
+from commons.plans.colossal.runtime import prepare
 
 prepare("cpu")
 
-from commons.colossal.adam_kernels import AdamSettings, AdamSlot, fused_adam  # noqa: E402
-from commons.colossal.chunk_adam import ChunkAdam, runs_of, update_by_chunks  # noqa: E402
+from commons.plans.colossal.adam_kernels import AdamSettings, AdamSlot, fused_adam  # noqa: E402
+from commons.plans.colossal.chunk_adam import ChunkAdam, runs_of, update_by_chunks  # noqa: E402
 
 GROUPS = ({"weight_decay": 0.1}, {"weight_decay": 0.0})
 # of two chunks: (parameter group, first and one past the last element)

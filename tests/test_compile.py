@@ -15,10 +15,10 @@ import pytest
 import suite_runs
 import torch
 
-from commons import compiling
-from commons.config import TrainConfig
-from commons.gpt2_functions import gpt2_functions
-from commons.recompute import MODES
+from commons.config.schema import TrainConfig
+from commons.model import compile as compiling
+from commons.model.gpt2 import gpt2_functions
+from commons.ops.activation_checkpointing import MODES
 from model_zoo import MODEL_SIZES, build_model
 
 WORKER = Path(__file__).with_name("compile_worker.py")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from commons import cli
-from commons.checks import LIMITS, READ_UNDER, problems, working_head_counts
-from commons.config import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
-from commons.plans import ALL_PRECISIONS, PLANS
+from commons.cli import flags as cli
+from commons.cli.checks import LIMITS, READ_UNDER, problems, working_head_counts
+from commons.config.schema import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
+from commons.plans.registry import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -419,7 +419,7 @@ MANY_MISTAKES = [
 
 
 def command_line(*argv: str, folder: Path, rank: str | None = None) -> subprocess.CompletedProcess:
-    code = "import sys; from commons.config import TrainConfig; print(TrainConfig.from_cli(sys.argv[1:]))"
+    code = "import sys; from commons.config.schema import TrainConfig; print(TrainConfig.from_cli(sys.argv[1:]))"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     environ.pop("RANK", None)
     if rank is not None:
@@ -469,7 +469,7 @@ def test_help_exits_with_0(tmp_path: Path) -> None:
 
 
 def test_importing_the_configuration_is_light() -> None:
-    code = "import sys, commons.cli, commons.config, commons.plans; print('torch' in sys.modules)"
+    code = "import sys, commons.cli.flags, commons.config.schema, commons.plans.registry; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from suite_runs import run_processes
 
-from commons.data import random_tokens
-from commons.device import MIB, Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
+from commons.data.random_tokens import random_tokens
+from commons.distributed.device import MIB, Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
 
 HERE = Device("cpu", "a CPU", 0, 0, 1)
 
@@ -30,9 +30,9 @@ def test_phases_add_up_to_the_step() -> None:
 
 OUTSIDE_CLOCK = """
 import statistics, sys, time
-from commons import device
-from commons.config import TrainConfig
-from commons.engine import build_session, train_steps
+from commons.distributed import device
+from commons.config.schema import TrainConfig
+from commons.training.loop import build_session, train_steps
 here = device.launch("cpu", 60)
 flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
          "--batch_size", "2", "--seq_len", "256", "--precision", "fp32", "--train_step", "8", "--warmup_step", "1"]
@@ -87,10 +87,10 @@ def test_an_explicit_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_host_backend_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from commons.colossal.runtime import prepare
+    from commons.plans.colossal.runtime import prepare
 
     prepare("cpu")
-    from commons.colossal import host_backend
+    from commons.plans.colossal import host_backend
 
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True))
     with pytest.raises(RuntimeError, match="torch sees a CUDA device"):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from commons.cli import judge, read_flags
-from commons.config import PLACEMENTS
+from commons.cli.flags import judge, read_flags
+from commons.config.schema import PLACEMENTS
 from commons.doctor.report import COLOURS, MARGIN
-from commons.ending import HOW, STOP_SIGNALS
-from commons.launcher import FLAG_VARIABLES
-from commons.plans import PLANS
+from commons.launch.launcher import FLAG_VARIABLES
+from commons.lifecycle.outcome import HOW, STOP_SIGNALS
+from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES, parameter_count
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 from fake_machine import GIB, FakeMachine, FakeSmi, compile_libcuda, gpu, rtx_4070
 
-from commons import versions
 from commons.doctor import (
     CHECKS,
     Finding,
@@ -39,6 +38,7 @@ from commons.doctor import (
     probes,
     smi,
     torch_build,
+    versions,
     why_no_gpu,
 )
 from commons.doctor.diagnosis import TOPICS, Check, run_check

@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from commons import feed_forward as suite
-from commons.compiling import functions_for
-from commons.config import TrainConfig
-from commons.cublaslt import ALIGNED_BYTES, alignment
-from commons.feed_forward import feed_forward
-from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
-from commons.recompute import MODES
+from commons.config.schema import TrainConfig
+from commons.model.compile import functions_for
+from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
+from commons.ops import feed_forward as suite
+from commons.ops.activation_checkpointing import MODES
+from commons.ops.cublaslt import ALIGNED_BYTES, alignment
+from commons.ops.feed_forward import feed_forward
 from model_zoo import MODEL_SIZES, build_model
 
 ROWS, WIDTH = 24, 16
@@ -152,12 +152,12 @@ def test_a_block_is_the_same_with_it(backend, recompute):
 
 
 def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
-    monkeypatch.setattr("commons.compiling.wants_compile", lambda config, device_type: config.compile != "off")
-    monkeypatch.setattr("commons.compiling.keep_cache", lambda: None)
+    monkeypatch.setattr("commons.model.compile.wants_compile", lambda config, device_type: config.compile != "off")
+    monkeypatch.setattr("commons.model.compile.keep_cache", lambda: None)
     asked = []
-    monkeypatch.setattr("commons.gpt2_functions.gpt2_functions", lambda _, **options: asked.append(options))
+    monkeypatch.setattr("commons.model.gpt2.gpt2_functions", lambda _, **options: asked.append(options))
 
-    monkeypatch.setattr("commons.compiling._kernels_fit", lambda: True)
+    monkeypatch.setattr("commons.model.compile._kernels_fit", lambda: True)
 
     def has(device_type: str = "cuda", option: str = "fused_gelu", **settings) -> bool:
         functions_for(TrainConfig(model_type="gpt2_tiny", batch_size=2, seq_len=8, **settings), device_type)
@@ -181,7 +181,7 @@ def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
         and not has("cpu", "kernels")
         and not has(option="kernels", compile="off")
     )
-    monkeypatch.setattr("commons.compiling._kernels_fit", lambda: False)
+    monkeypatch.setattr("commons.model.compile._kernels_fit", lambda: False)
     assert has() and not has(option="kernels")
 
 

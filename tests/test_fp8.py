@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from commons.fp8 import E4M3, E5M2, fp8_linear, quantize
-from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
+from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
+from commons.ops.fp8 import E4M3, E5M2, fp8_linear, quantize
 from model_zoo import MODEL_SIZES, build_model
 
 

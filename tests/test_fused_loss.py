@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model_zoo
-from commons import fused_loss
+from commons.ops import cross_entropy as fused_loss
 
 VOCAB, PADDED, WIDTH = 1000, 1024, 64
 # relative to the largest: rounding of the dtype, some times over
@@ -180,7 +180,7 @@ def test_on_a_gpu_one_kernel_does_it_in_the_logits_place(monkeypatch, dtype, voc
 
 @pytest.mark.gpu
 def test_on_a_gpu_an_infinite_logit_spoils_its_own_row_alone():
-    from commons.gpu_kernels import softmax_gradient_
+    from commons.ops.triton_kernels import softmax_gradient_
 
     logits = torch.zeros(3, 100, device="cuda")
     logits[1, 7] = float("inf")

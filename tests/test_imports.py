@@ -8,11 +8,11 @@ import sys
 import pytest
 from suite_runs import run_processes
 
-from commons.colossal.imports import UNUSED_PACKAGES
+from commons.plans.colossal.imports import UNUSED_PACKAGES
 
 IMPORT = """
 import sys
-from commons.colossal.imports import UNUSED_PACKAGES, import_colossalai
+from commons.plans.colossal.imports import UNUSED_PACKAGES, import_colossalai
 import_colossalai()
 print("left behind:", sorted(set(UNUSED_PACKAGES) & set(sys.modules)))
 """

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from commons import versions
+from commons.doctor import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
@@ -90,7 +90,7 @@ class Machine:
         return self.home / "bin"
 
     def set_up(self) -> None:
-        for file in (*SCRIPTS, *REQUIREMENTS, "commons/versions.py"):
+        for file in (*SCRIPTS, *REQUIREMENTS, "commons/doctor/versions.py"):
             (self.repo / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.repo / file)
         self.bin.mkdir()
@@ -614,7 +614,7 @@ def test_which_installs_nothing(machine: Machine, active: Path) -> None:
 
 STUB = """
 import os, sys
-print(__spec__.name, sys.argv[1:], os.getcwd())
+print(__spec__.name.removesuffix(".__main__"), sys.argv[1:], os.getcwd())
 print(*(f"{name}={os.environ.get(name)}" for name in ("DISTPLAN", "TPDEGREE", "PPDEGREE", "GPUNUM")))
 sys.exit(7)
 """
@@ -622,8 +622,10 @@ sys.exit(7)
 
 @pytest.fixture
 def stubbed(installed: Machine) -> Machine:
-    for module in ("launcher", "doctor"):
-        (installed.repo / f"commons/{module}.py").write_text(STUB)
+    for module in ("launch/launcher", "doctor/__main__"):
+        path = installed.repo / f"commons/{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB)
     return installed
 
 
@@ -631,7 +633,7 @@ def test_run_gemini_passes_flags_and_exit_code_on(stubbed: Machine, tmp_path: Pa
     done = stubbed.run(str(stubbed.repo / "run_gemini.sh"), "--run-name", "two words", cwd=tmp_path)
 
     assert done.returncode == 7
-    assert done.stdout.startswith(f"commons.launcher ['--run-name', 'two words'] {tmp_path}\n")
+    assert done.stdout.startswith(f"commons.launch.launcher ['--run-name', 'two words'] {tmp_path}\n")
     assert done.stderr == ""
 
 

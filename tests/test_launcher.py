@@ -21,17 +21,18 @@ from typing import Any
 import pytest
 from suite_runs import heed_all_signals
 
-from commons import cli, launcher, nodes
-from commons.config import TrainConfig
-from commons.console_copy import LineCleaner, LogFile
-from commons.ending import STOP_SIGNALS
-from commons.environment import python_path
-from commons.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
-from commons.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
-from commons.stop_signals import StopSignals
+from commons.cli import flags as cli
+from commons.config.schema import TrainConfig
+from commons.launch import launcher, nodes
+from commons.launch.console_copy import LineCleaner, LogFile
+from commons.launch.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
+from commons.launch.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
+from commons.launch.stop_signals import StopSignals
+from commons.lifecycle.outcome import STOP_SIGNALS
+from commons.reporting.environment import python_path
 
 LAUNCH = (
-    "import sys; from pathlib import Path; from commons.launcher import main;"
+    "import sys; from pathlib import Path; from commons.launch.launcher import main;"
     " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
 )
 RUN_NAME = r"CAI_Gemini-gpt2_tiny-2x1x1-bf16-\d{8}-\d{6}"
@@ -248,8 +249,8 @@ def test_what_would_only_happen_again_is_not_tried_again(tmp_path: Path, code: i
 # ---- runs that are ended
 
 WAIT = """
-from commons.guard import pulse_path
-from commons.pulse import Pulse
+from commons.lifecycle.guard import pulse_path
+from commons.lifecycle.heartbeat import Pulse
 Pulse(pulse_path(Path(os.environ["GEMINI_WATCH"]), 1, rank))  # else it counts as still importing
 def ended(signum, frame):
     Path(f"ended-{rank}").write_text(str(signum))
@@ -304,7 +305,7 @@ metrics.time = SimpleNamespace(time=strike)
 """,
     "behind the engine": """
 import os, signal
-from commons.watch import Watch
+from commons.launch.watch import Watch
 sweep, sweeps = Watch.sweep, []
 def strike(self):
     sweeps.append(sweep(self))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
-from commons.layer_norm import norm_and_residual, strip_rows
-from commons.recompute import MODES
+from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
+from commons.ops.activation_checkpointing import MODES
+from commons.ops.layer_norm import norm_and_residual, strip_rows
 from model_zoo import MODEL_SIZES, build_model
 
 EPS = 1e-5

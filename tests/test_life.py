@@ -25,11 +25,11 @@ from pathlib import Path
 import pytest
 from suite_runs import REPOSITORY, clean_environment, heed_all_signals
 
-from commons.metrics import StepRecord
-from commons.pulse import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
-from commons.run_log import read_records
-from commons.sinks import JsonlSink
-from commons.watch import Sighting, process_state, suspects
+from commons.launch.watch import Sighting, process_state, suspects
+from commons.lifecycle.heartbeat import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
+from commons.reporting.record import StepRecord
+from commons.reporting.run_log import read_records
+from commons.reporting.sinks import JsonlSink
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -38,7 +38,7 @@ RUN_SECONDS = 300
 TRAIN = str(REPOSITORY / "train_gpt_demo.py")
 WORKER = str(REPOSITORY / "tests" / "troubled_worker.py")
 LAUNCHER = (
-    "import sys; from pathlib import Path; from commons.launcher import main;"
+    "import sys; from pathlib import Path; from commons.launch.launcher import main;"
     " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
 )
 STARTS = {
@@ -599,7 +599,10 @@ TRAINING = ["engine.py:50 step", "train.py:5 main"]
         ([seen(0, 7), seen(1, 5), seen(2, 7)], [1]),
         ([seen(0, 7, [COLLECTIVE, *TRAINING]), seen(1, 7, ["my.py:3 loop", *TRAINING])], [1]),
         (
-            [seen(0, 7, ["/suite/commons/peers.py:9 await_told", *TRAINING]), seen(1, 7, ["my.py:3 loop", *TRAINING])],
+            [
+                seen(0, 7, ["/suite/commons/distributed/peer_memory.py:9 await_told", *TRAINING]),
+                seen(1, 7, ["my.py:3 loop", *TRAINING]),
+            ],
             [1],
         ),
         # one waits where the others have been

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from commons.metrics import (
+from commons.ops.activation_checkpointing import MODES
+from commons.reporting.record import (
     GEFORCE_CARDS,
     MEASURED_FIELDS,
     PEAK_RATES,
@@ -30,7 +31,6 @@ from commons.metrics import (
     tflops_per_device,
     tokens_per_second,
 )
-from commons.recompute import MODES
 from model_zoo import MODEL_SIZES, ModelShape, build_model
 
 TINY, MEDIUM = MODEL_SIZES["gpt2_tiny"], MODEL_SIZES["gpt2_medium"]

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from commons.colossal.chunks import chunk_configuration
+from commons.plans.colossal.chunks import chunk_configuration
 from model_zoo import (
     MODEL_SIZES,
     ModelShape,

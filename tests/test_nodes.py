@@ -16,8 +16,8 @@ import pytest
 from namespaces import ADDRESSES, DRAIN_SECONDS, NAMES, Network, NodeRun, free_port, two_machines, why_impossible
 from suite_runs import FinishedRun, launch
 
-from commons import lifeline
-from commons.nodes import Nodes, interface_to_the_others
+from commons.launch import lifeline
+from commons.launch.nodes import Nodes, interface_to_the_others
 
 SETTINGS = ("--device=cpu", "--model_type=gpt2_tiny", "--train_step=4", "--warmup_step=1")
 ENDLESS = ("--device=cpu", "--model_type=gpt2_tiny", "--train_step=100000", "--warmup_step=1")

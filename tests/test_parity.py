@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
-from commons import parity
-from commons.config import TrainConfig
-from commons.layout import Place, check_mesh, place
-from commons.metrics import StepRecord
-from commons.vocab_parallel_loss import vocab_parallel_loss
+from commons.config.schema import TrainConfig
+from commons.distributed.layout import Place, check_mesh, place
+from commons.ops.vocab_parallel_cross_entropy import vocab_parallel_loss
+from commons.reporting.record import StepRecord
+from commons.training import parity
 from model_zoo import next_token_loss
 
 VOCAB = 1000
@@ -89,7 +89,7 @@ def test_loss_of_a_whole_vocabulary_is_model_zoo_s(dtype: torch.dtype) -> None:
 def test_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, tokens = torch.randn(2, 9, 1024), torch.randint(VOCAB, (2, 9))
     whole = vocab_parallel_loss(logits, tokens, VOCAB)
-    monkeypatch.setattr("commons.vocab_parallel_loss.PIECE_ELEMENTS", 5 * 1024)
+    monkeypatch.setattr("commons.ops.vocab_parallel_cross_entropy.PIECE_ELEMENTS", 5 * 1024)
     torch.testing.assert_close(vocab_parallel_loss(logits, tokens, VOCAB), whole)
 
 

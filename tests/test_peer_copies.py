@@ -10,14 +10,15 @@ import pytest
 import torch
 from suite_runs import FinishedRun, launch, torchrun
 
-from commons import checks, peer_copies
-from commons.config import TrainConfig
-from commons.device import Device
-from commons.ending import RunError
-from commons.peer_copies import find_peers, mean_of, peer_problems
-from commons.peers import HostPeers
-from commons.plans import PLANS
-from commons.step_graph import graph_problems
+from commons.cli import checks
+from commons.config.schema import TrainConfig
+from commons.distributed import peer_copies
+from commons.distributed.device import Device
+from commons.distributed.peer_copies import find_peers, mean_of, peer_problems
+from commons.distributed.peer_memory import HostPeers
+from commons.lifecycle.outcome import RunError
+from commons.model.cuda_graph import graph_problems
+from commons.plans.registry import PLANS
 
 WORKER = Path(__file__).with_name("peer_copies_worker.py")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from suite_runs import FinishedRun, launch, torchrun
 
-from commons.config import TrainConfig
-from commons.parity import Bound, reference_steps
-from commons.plans import PLANS
+from commons.config.schema import TrainConfig
+from commons.plans.registry import PLANS
+from commons.training.parity import Bound, reference_steps
 
 STEPS = 4
 # The same sizes on every device, so that the bounds mean the same.

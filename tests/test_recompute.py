@@ -8,10 +8,10 @@ import pytest
 import torch
 from suite_runs import launch
 
-from commons.gpt2_functions import BLOCK_PARAMETERS, gpt2_functions
+from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
 from model_zoo import MODEL_SIZES, build_model
 
-# saved tensors in sizes of the hidden states, at most; see commons/recompute.py
+# saved tensors in sizes of the hidden states, at most; see commons/ops/activation_checkpointing.py
 KEPT = {"off": 17, "selective": 11, "on": 1.5}
 LAYERS = {"plain": {}, "fp8": {"fp8": True}, "kernels": {"kernels": True}, "GELU in products": {"fused_gelu": True}}
 LAYERS["both"] = {"kernels": True, "fused_gelu": True}

@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from commons import environment, noise
-from commons.console_layout import (
+from commons.reporting import environment, noise
+from commons.reporting.console_layout import (
     COLUMNS,
     HEADS_EVERY_ROWS,
     SUMMARY_ROWS,
@@ -35,8 +35,8 @@ from commons.console_layout import (
     number,
     summary_lines,
 )
-from commons.metrics import MEASURED_FIELDS, StepRecord, summarize
-from commons.sinks import (
+from commons.reporting.record import MEASURED_FIELDS, StepRecord, summarize
+from commons.reporting.sinks import (
     JsonlSink,
     SinkError,
     SummarySink,
@@ -135,7 +135,7 @@ def strict_json(text: str) -> Any:
 RUN = """
     import dataclasses, sys, time
     from test_sinks import GPU_RECORD, HEADER, Config
-    from commons.sinks import make_sinks
+    from commons.reporting.sinks import make_sinks
     sinks = make_sinks(sys.argv[1], Config(), HEADER)
     for step in (1, 2, 3):
         for sink in sinks:
@@ -270,7 +270,7 @@ def test_the_launcher_keeps_console_log_itself(tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
     script = """
         import sys
-        from commons.sinks import SinkError, make_sinks
+        from commons.reporting.sinks import SinkError, make_sinks
         from test_sinks import HEADER, Config
         try:
             make_sinks(sys.argv[1], Config(), HEADER)
@@ -296,7 +296,7 @@ def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:
     script = """
         import dataclasses, os, signal, sys
         from pathlib import Path
-        from commons.sinks import JsonlSink
+        from commons.reporting.sinks import JsonlSink
         from test_sinks import GPU_RECORD
         sink = JsonlSink(Path(sys.argv[1]))
         for step in range(1, 6):
@@ -329,7 +329,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_the_old_summary(tmp_path: P
     script = """
         import dataclasses, resource, sys
         from pathlib import Path
-        from commons.sinks import JsonlSink, SinkError, SummarySink
+        from commons.reporting.sinks import JsonlSink, SinkError, SummarySink
         from test_sinks import GPU_RECORD
         run_dir = Path(sys.argv[1])
         sink, summary = JsonlSink(run_dir / "metrics.jsonl"), SummarySink(run_dir / "summary.json")
@@ -595,7 +595,7 @@ def test_the_command_is_the_one_that_was_typed(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"
     rank.write_text(
         "import json, os, sys\n"
-        "from commons.environment import describe_environment\n"
+        "from commons.reporting.environment import describe_environment\n"
         "if 'TORCHELASTIC_RUN_ID' in os.environ or sys.argv[1] == 'alone':\n"
         "    print(json.dumps(describe_environment()))\n"
         "else:\n"
@@ -667,9 +667,9 @@ def test_driver_version(tmp_path: Path, text: str) -> None:
 
 def test_importing_colossalai_says_nothing() -> None:
     script = """
-        from commons.noise import quiet_libraries
+        from commons.reporting.noise import quiet_libraries
         quiet_libraries()
-        from commons.colossal.imports import import_colossalai
+        from commons.plans.colossal.imports import import_colossalai
         import_colossalai()
         from colossalai.logging import get_dist_logger
         get_dist_logger().info("chatter")

@@ -29,9 +29,9 @@ from benchmarks.parity_cases import (
     skips_as_it_must,
     why_not,
 )
-from commons.config import FRACTIONS, PLACEMENTS
-from commons.environment import describe_environment
-from commons.plans import PLANS
+from commons.config.schema import FRACTIONS, PLACEMENTS
+from commons.plans.registry import PLANS
+from commons.reporting.environment import describe_environment
 
 # The first test that asks for a number of ranks waits for all its cases: 70 of them take three minutes.
 pytestmark = pytest.mark.timeout(1200)
@@ -315,10 +315,10 @@ def test_every_fix_is_needed_and_mends() -> None:
     """
     program = """
 from pathlib import Path
-from commons.colossal.imports import import_colossalai
+from commons.plans.colossal.imports import import_colossalai
 import_colossalai()
 import colossalai
-from commons.colossal import host_backend, upstream_fixes
+from commons.plans.colossal import host_backend, upstream_fixes
 host_backend.install()
 for fix in upstream_fixes.FIXES:
     upstream = Path(colossalai.__path__[0]) / fix.file
@@ -334,9 +334,9 @@ for fix in upstream_fixes.FIXES:
 def test_an_offload_fraction_is_one_of_bytes_counted_once_a_chunk() -> None:
     program = """
 import torch
-from commons.colossal.imports import import_colossalai
+from commons.plans.colossal.imports import import_colossalai
 import_colossalai()
-from commons.colossal import host_backend, upstream_fixes
+from commons.plans.colossal import host_backend, upstream_fixes
 host_backend.install()
 upstream_fixes.apply()
 from types import SimpleNamespace

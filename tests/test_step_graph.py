@@ -12,10 +12,10 @@ import torch
 from suite_runs import launch, run_processes
 
 from benchmarks import trace
-from commons.colossal import boosted
-from commons.config import TrainConfig
-from commons.step_graph import EAGER_STEPS, StepGraph, graph_problems, has_room, wants_graph
-from commons.tracing import TRACE_FILE
+from commons.config.schema import TrainConfig
+from commons.model.cuda_graph import EAGER_STEPS, StepGraph, graph_problems, has_room, wants_graph
+from commons.plans.colossal import boosted
+from commons.training.tracing import TRACE_FILE
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
@@ -56,7 +56,7 @@ def test_the_recording_is_no_step_that_counts():
 
 
 def test_auto_records_where_blocks_are_compiled(monkeypatch):
-    monkeypatch.setattr("commons.compiling.wants_compile", lambda config, device_type: config.compile != "off")
+    monkeypatch.setattr("commons.model.compile.wants_compile", lambda config, device_type: config.compile != "off")
     assert wants_graph(TrainConfig(), **ONE_GPU)
     assert not wants_graph(TrainConfig(compile="off"), **ONE_GPU)
     assert wants_graph(TrainConfig(compile="off", cuda_graph="on"), **ONE_GPU)
@@ -193,7 +193,7 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
 
 UNRECORDABLE = """
 import torch
-from commons.step_graph import StepGraph
+from commons.model.cuda_graph import StepGraph
 
 weight = torch.ones(4, device="cuda", requires_grad=True)
 

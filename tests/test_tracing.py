@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import trace
-from commons.tracing import TRACE_FILE, traced
+from commons.training.tracing import TRACE_FILE, traced
 
 
 def test_a_traced_block_leaves_a_trace(tmp_path: Path) -> None:

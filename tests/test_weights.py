@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from commons.colossal.runtime import prepare
-from commons.weights import decay_groups, seeded_init_
+from commons.model.initial_weights import decay_groups, seeded_init_
+from commons.plans.colossal.runtime import prepare
 from model_zoo import MODEL_SIZES, build_model
 
 SHAPE = MODEL_SIZES["gpt2_tiny"]

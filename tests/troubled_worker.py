@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import train_gpt_demo
-from commons import engine
-from commons.device import PhaseClock
+from commons.distributed.device import PhaseClock
+from commons.training import loop as engine
 
 KIND, RANK, STEP, *ATTEMPT = os.environ["TROUBLE"].split(":")
 MINE = int(os.environ.get("RANK", "0")) == int(RANK)

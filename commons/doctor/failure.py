@@ -15,11 +15,11 @@ import traceback
 from types import TracebackType
 
 from commons.doctor.diagnosis import matching_symptoms
-from commons.environment import python_path
+from commons.reporting.environment import python_path
 
 EXPLAIN_SECONDS = 40.0  # torch may have to be imported, on a machine that is in trouble
 LONGEST_MESSAGE = 4000
-LAUNCHER_RUN_ID = "run_gemini"  # of torchrun's engine, under commons.launcher
+LAUNCHER_RUN_ID = "run_gemini"  # of torchrun's engine, under commons.launch.launcher
 
 
 def needs_no_traceback(message: str) -> bool:
@@ -55,7 +55,7 @@ def explanation(message: str, seconds: float = EXPLAIN_SECONDS) -> str:
 
 def explain_uncaught() -> None:
     """From here on an exception that ends this process is explained: under plain torchrun or python by the
-    process itself, under commons.launcher by that, once for all ranks."""
+    process itself, under commons.launch.launcher by that, once for all ranks."""
     sys.excepthook = _show
 
 

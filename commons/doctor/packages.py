@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from commons import versions
+from commons.doctor import versions
 from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import Distribution, Machine
 

@@ -1,0 +1,249 @@
+"""From a command line to a TrainConfig, with everything that is wrong with it told at once.
+
+transformers' HfArgumentParser makes the flags from the dataclass. argparse itself would stop at the first
+mistake, so it only splits the words here; their values are read and judged by this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
+
+from commons.cli.checks import LIMITS, nearest, problems
+from commons.config.schema import FLAG_GROUPS, TrainConfig
+from commons.lifecycle.guard import WATCH_VARIABLE
+
+CONFIG_ERROR = 2  # exit code, argparse's own
+TELLING_SECONDS = 15.0  # after which rank 0 has told what is wrong, however slow its imports
+
+DESCRIPTION = """\
+Trains a GPT-2 on random tokens under one of the plans below and tells, every step, how fast it was (tokens
+a second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every
+setting has a default that fits the device. Each run leaves config.json, env.json, metrics.jsonl and
+summary.json in a folder of its own in --log_dir. Dashes instead of underscores work in every flag."""
+
+EXAMPLES = """\
+examples:
+  bash run_gemini.sh                                          what this machine can do, in seconds
+  bash run_gemini.sh --model_type gpt2_xl --batch_size 8      a bigger model
+  GPUNUM=4 bash run_gemini.sh --placement auto                four GPUs, chunks moved by free memory
+  bash run_gemini.sh --distplan CAI_ZeRO2 --precision fp16    another plan
+  torchrun --nproc_per_node 2 train_gpt_demo.py --device cpu  without the launcher
+  python train_gpt_demo.py --train_step 30 --warmup_step 10   one process"""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """One spelling a flag; no "(default: None)", where the help text says what is chosen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        if isinstance(action.const, bool):
+            return action.option_strings[0]
+        metavar = action.metavar or f"{{{','.join(map(str, action.choices or ()))}}}"
+        return f"{action.option_strings[0]} {metavar}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def help_text(prog: str, *sections: str) -> str:
+    """The manual that --help prints; ``sections`` come before the examples."""
+    parser = _build_parser(
+        prog=prog,
+        usage=f"{prog} [flags]",
+        description=DESCRIPTION,
+        epilog="\n\n".join([_plan_list(), _size_list(), *sections, EXAMPLES]),
+        formatter_class=HelpFormatter,
+    )
+    return parser.format_help()
+
+
+def _build_parser(**options: Any) -> argparse.ArgumentParser:
+    # the import takes seconds: it brings torch
+    from transformers.hf_argparser import HfArgumentParser
+
+    return HfArgumentParser(FLAG_GROUPS, allow_abbrev=False, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _plan_list() -> str:
+    from commons.plans.registry import PLANS
+
+    width = max(map(len, PLANS)) + 2
+    return "\n".join(["plans (--distplan):", *(f"  {name:{width}}{plan.summary}" for name, plan in PLANS.items())])
+
+
+def _size_list() -> str:
+    from model_zoo import MODEL_SIZES
+
+    width = max(map(len, MODEL_SIZES)) + 2
+    sizes = (
+        f"  {name:{width}}{s.layers:4} layers, hidden size {s.hidden:5}, {s.heads:3} heads"
+        for name, s in MODEL_SIZES.items()
+    )
+    return "\n".join(["sizes (--model_type):", *sizes])
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A command line as read.
+
+    Attributes:
+        given: the settings that were given and could be read, by name.
+        problems: what could not be read; these settings count as not given.
+    """
+
+    given: dict[str, Any]
+    problems: list[str]
+
+    def config(self) -> TrainConfig:
+        return TrainConfig(**self.given)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") for word in argv)
+
+
+def read_flags(argv: Sequence[str]) -> CommandLine:
+    """Read flags without stopping at what cannot be read. The last of a repeated flag wins."""
+    parser = _build_parser(add_help=False)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for action in parser._actions:
+        # every value stays a text, a missing one becomes None, and a flag that is not there leaves no trace
+        action.default, action.type, action.choices, action.nargs = argparse.SUPPRESS, None, None, "?"
+        action.const = "true" if action.const is True else None
+    texts, extras = parser.parse_known_args(list(argv))
+    hints, given, found = get_type_hints(TrainConfig), {}, _extra_problems(extras, flags)
+    for name, text in vars(texts).items():
+        try:
+            given[name] = read_value(name, text, hints[name])
+        except ValueError as error:
+            found.append(str(error))
+    return CommandLine(given, found)
+
+
+def read_value(name: str, text: str | None, hint: Any, label: str | None = None) -> Any:
+    """The value of setting ``name`` from its text. ValueError with what to do where it has none.
+
+    Args:
+        hint: the field's type.
+        label: what the user wrote, if not the flag (an environment variable).
+    """
+    label = label or f"--{name}"
+    if text is None:
+        raise ValueError(f"{label} needs a value: {label} {_example(name)}")
+    if get_origin(hint) is Literal:
+        if text not in get_args(hint):
+            raise ValueError(f"{label} {text!r} does not exist: {nearest(text, get_args(hint))}")
+        return text
+    kind = next(k for k in (*get_args(hint), hint) if k is not type(None))
+    read, description = READERS[kind]
+    try:
+        return read(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{label} must be {description}, got {text!r}: try {label} {_example(name)}") from None
+
+
+WORDS_FOR = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+TRUTH = {word: value for value, words in WORDS_FOR.items() for word in words}
+
+READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: TRUTH[text.lower()], "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a text"),
+}
+
+
+def _example(name: str) -> str:
+    if name in LIMITS:
+        return f"{LIMITS[name].works:g}"
+    default = getattr(TrainConfig().resolve("cpu"), name)
+    if default is None:
+        return "my_run"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A problem for each word that is no flag; a value behind an unknown flag is not told twice."""
+    found, after_unknown_flag = [], False
+    for word in extras:
+        is_flag = word.startswith("-") and len(word) > 1
+        if is_flag:
+            flag = word.split("=", 1)[0]
+            close = difflib.get_close_matches(
+                flag.replace("-", "_"), [f.replace("-", "_") for f in flags], n=2, cutoff=0.6
+            )
+            names = dict.fromkeys("--" + name.lstrip("_") for name in close)
+            hint = f"did you mean {' or '.join(names)}?" if names else "see --help"
+            found.append(f"{flag} is no flag: {hint}")
+        elif not after_unknown_flag:
+            found.append(f"{word!r} belongs to no flag: put the flag's name before it, see --help")
+        after_unknown_flag = is_flag and "=" not in word
+    return found
+
+
+def report(found: Sequence[str], file: TextIO | None = None) -> None:
+    """Print all problems, a line each."""
+    count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+    lines = [f"{count} with the settings, nothing was started:", *(f"  - {problem}" for problem in found)]
+    print("\n".join([*lines, "All flags are explained by --help."]), file=file or sys.stderr, flush=True)
+
+
+def read_rank_command_line(argv: Sequence[str]) -> TrainConfig:
+    """What TrainConfig.from_cli does, see there."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    if wants_help(argv):
+        if speaks:
+            print(help_text("train_gpt_demo.py"), end="")
+        sys.exit(0)
+    line = read_flags(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    config, found = judge(line, world_size, local_world_size)
+    if config.max_restarts > 0 and WATCH_VARIABLE not in os.environ:
+        found.append(
+            f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
+            f" or torchrun's own --max-restarts={config.max_restarts}"
+        )
+    if found:
+        if speaks:
+            report(found)
+        else:
+            time.sleep(TELLING_SECONDS)  # torchrun ends all ranks at the first that ends, and rank 0 has to speak
+        sys.exit(CONFIG_ERROR)
+    return config
+
+
+def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[TrainConfig, list[str]]:
+    """The resolved configuration of a command line on this machine, and every problem with it."""
+    from commons.plans.registry import PLANS
+
+    given = line.config()
+    device_type, gpu_count = find_devices(given.device)
+    plan = PLANS.get(given.distplan)
+    found = problems(
+        given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size, typed=line.given
+    )
+    return given.resolve(device_type), [*line.problems, *found]
+
+
+def find_devices(wanted: str) -> tuple[str, int]:
+    """What ``wanted`` (auto, cuda, cpu) comes out as here, and the number of GPUs that can be used."""
+    from commons.distributed.device import detect_type
+
+    device_type = detect_type(wanted)
+    if device_type == "cpu":
+        return device_type, 0
+    import torch
+
+    return device_type, torch.cuda.device_count() if torch.cuda.is_available() else 0

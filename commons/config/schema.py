@@ -1,0 +1,361 @@
+"""TrainConfig: every setting of a run, what it means, what it is when nobody gives it.
+
+The flags are made from the fields (commons.cli.flags), the fields are judged by commons.cli.checks. Importing this
+module costs nothing: torch, transformers and the model table are imported when a command line is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from model_zoo import ModelShape
+
+# What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
+DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"model_type": "gpt2_medium", "batch_size": 16, "seq_len": 1024},
+    "cpu": {"model_type": "gpt2_tiny", "batch_size": 4, "seq_len": 64},
+}
+
+# Parameters in one of Gemini's chunks, at least: 4 MiB in bf16. Below, a collective takes longer to begin than to send,
+# and ranks wait for each other more often than they need.
+SMALLEST_CHUNK = 2**21
+
+FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+
+# The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user
+# gives; under "auto" Gemini moves chunks by the memory that it sees and reads none of them.
+PLACEMENTS: dict[str, tuple[float, float, float]] = {
+    "static": (1.0, 0.0, 0.0),
+    "auto": (1.0, 0.0, 0.0),
+    "cuda": (1.0, 0.0, 0.0),
+    "cpu": (1.0, 1.0, 1.0),
+    "const": (1.0, 0.5, 0.0),
+}
+
+
+def _flag(default: Any, text: str, metavar: str | None = None) -> Any:
+    """A field with its line in --help. The metadata are what argparse's add_argument is called with."""
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    _argument_group_name: ClassVar[str] = "Model"
+
+    model_type: str | None = _flag(
+        None,
+        "size of the GPT-2, see the list below (default: gpt2_medium on a GPU, gpt2_tiny on a CPU)",
+        "SIZE",
+    )
+    num_layers: int | None = _flag(None, "transformer blocks, instead of the size's own", "N")
+    hidden_size: int | None = _flag(None, "width of the residual stream, instead of the size's own", "N")
+    num_heads: int | None = _flag(None, "attention heads, instead of the size's own; must divide the hidden size", "N")
+    dropout: float = _flag(0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P")
+    attention: Literal["sdpa", "eager", "flash"] = _flag(
+        "sdpa",
+        "sdpa: torch picks the fastest kernel it has; flash: its flash kernel or an error; eager: plain"
+        " matrix products",
+    )
+    activation_checkpointing: Literal["off", "selective", "on"] = _flag(
+        "off",
+        "what the backward pass computes again. selective: norms and activations, while the results of matrix products"
+        " and attention are kept; on: all but every block's input: least memory, a third more work",
+    )
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    _argument_group_name: ClassVar[str] = "Plan"
+
+    distplan: str = _flag("CAI_Gemini", "how the model is spread over the devices, see the list below", "PLAN")
+    placement: Literal["auto", "static", "cuda", "cpu", "const"] = _flag(
+        "static",
+        "where Gemini keeps its chunks. static: by the three fractions; auto: moved by free memory while"
+        " training, master weights and optimizer states always on the host; and three names for fixed fractions,"
+        " cuda: all on the device, cpu: parameters, gradients and optimizer on the host between uses, const: half"
+        " of the optimizer on the host",
+    )
+    shard_param_frac: float | None = _flag(
+        None,
+        "static: fraction of the parameters' bytes sharded over the ranks, the rest is replicated (default: 1.0);"
+        " 0 is the fastest with --peer_copies over NVLink, where memory allows",
+        "FRAC",
+    )
+    offload_optim_frac: float | None = _flag(
+        None, "static: fraction of the optimizer's bytes kept on the host (default: 0.0)", "FRAC"
+    )
+    offload_param_frac: float | None = _flag(
+        None,
+        "static: fraction of the parameters' bytes kept on the host between uses; above 0 needs the other"
+        " two at 1 (default: 0.0)",
+        "FRAC",
+    )
+    warmup_non_model_data_ratio: float = _flag(
+        0.8,
+        "auto: share of device memory kept free of chunks in the first step, before memory use is known; below 1",
+        "FRAC",
+    )
+    steady_cuda_cap_ratio: float = _flag(
+        0.9, "auto: share of device memory that may be used after that; above 0", "FRAC"
+    )
+    max_prefetch: int | None = _flag(
+        None,
+        "Gemini: chunks gathered ahead of their use, while the device still computes (default: 2, with a hook an"
+        " operation 0)",
+        "N",
+    )
+    blocks_per_chunk: int | None = _flag(
+        None,
+        "Gemini: transformer blocks that are gathered, and whose gradients are averaged, together; all of them: the"
+        " rest of the model too (default: as many as have two million parameters, at least one)",
+        "N",
+    )
+    peer_copies: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Gemini: gather chunks and average gradients by copies from memory to memory, without kernels that take"
+        " multiprocessors from the computation; auto: between GPUs of one host that reach each other's memory, where"
+        " nothing is offloaded; on a CPU only to try it",
+    )
+    gemini_hooks: Literal["block", "operation"] = _flag(
+        "block",
+        "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"
+        " every operation, Colossal-AI's own way, always so under tensor parallelism",
+    )
+    tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
+    pp_degree: int = _flag(1, "pipeline parallelism: stages that the blocks are cut into", "N")
+    zero_stage: int | None = _flag(
+        None,
+        "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too"
+        " (default: 1, in fp32 0)",
+        "N",
+    )
+    num_microbatches: int | None = _flag(
+        None,
+        "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else batch_size)",
+        "N",
+    )
+    num_model_chunks: int = _flag(1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N")
+    sequence_parallel: Literal["on", "off"] = _flag(
+        "off", "on: share activations between the tensor-parallel blocks along the sequence too"
+    )
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    _argument_group_name: ClassVar[str] = "Batch"
+
+    batch_size: int | None = _flag(
+        None, "sequences a data-parallel rank and micro-step (default: 16 on a GPU, 4 on a CPU)", "N"
+    )
+    seq_len: int | None = _flag(
+        None, "tokens a sequence, at most the model's positions (default: 1024 on a GPU, 64 on a CPU)", "N"
+    )
+    train_step: int = _flag(10, "optimizer steps in all", "N")
+    warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
+    grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
+    max_bad_steps: int = _flag(3, "stop when the loss was NaN or infinite in so many steps in a row; 0: never", "N")
+    seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    _argument_group_name: ClassVar[str] = "Optimizer (AdamW)"
+
+    lr: float = _flag(3e-4, "learning rate after its warm-up", "LR")
+    lr_schedule: Literal["constant", "cosine"] = _flag(
+        "constant", "course of the learning rate; cosine ends at a tenth of it"
+    )
+    lr_warmup_step: int = _flag(0, "steps over which the learning rate grows from 0", "N")
+    weight_decay: float = _flag(0.01, "of weight matrices; biases and norms have none", "W")
+    beta1: float = _flag(0.9, "decay of the mean of gradients", "B")
+    beta2: float = _flag(0.95, "decay of the mean of squared gradients", "B")
+    adam_eps: float = _flag(1e-8, "added to the root of the mean of squared gradients", "EPS")
+    clip_grad_norm: float = _flag(0.0, "scale gradients down to this global norm; 0: never", "NORM")
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] = _flag(
+        "bf16",
+        "of compute; master weights are fp32 always, fp16 has a dynamic loss scale. fp8: as bf16, but with the matrix"
+        " products of the blocks in fp8, for GPUs that have it (RTX 40, L40S, H100 and newer)",
+    )
+    initial_loss_scale: float = _flag(
+        2.0**16,
+        "fp16: factor of the loss at first; a step whose gradients overflow is skipped on all ranks, and it is halved",
+        "FACTOR",
+    )
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    _argument_group_name: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cuda", "cpu"] = _flag("auto", "auto: the GPUs where there are any, else the CPU")
+    compile: Literal["auto", "on", "off"] = _flag(
+        "auto", "torch.compile, block by block; auto: on a GPU, and without tensor or pipeline parallelism"
+    )
+    cuda_graph: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Gemini: record the forward and the backward pass once and replay them, so that the GPU does not wait for the"
+        " host; auto: with compiled blocks on one GPU, or on several under --peer_copies, where nothing is offloaded,"
+        " accumulated, dropped or in fp16",
+    )
+    timeout: float = _flag(
+        600.0,
+        "seconds without progress after which a hanging rank, a stuck collective, or the wait for another machine"
+        " ends the run; to be longer than the longest compilation",
+        "SECONDS",
+    )
+    max_restarts: int = _flag(
+        0, "launcher: start all ranks again, from the first step, so many times when one dies or hangs", "N"
+    )
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    _argument_group_name: ClassVar[str] = "Output"
+
+    log_dir: str = _flag("gemini_logs", "folder that holds a folder a run", "DIR")
+    run_name: str | None = _flag(
+        None,
+        "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and time)",
+        "NAME",
+    )
+    measure_peak: bool = _flag(
+        False, "take the peak rate behind MFU from a matrix product measured here, not from the datasheet"
+    )
+    check_parity: bool = _flag(
+        False,
+        "train a single-process fp32 reference beside this run, compare losses and gradient norms, and exit"
+        " with 1 if they differ",
+    )
+    trace_step: int = _flag(
+        0,
+        "record this step (from 1) on rank 0 with torch's profiler, for Perfetto and benchmarks.trace; the recorded"
+        " step itself is slower; 0: none",
+        "N",
+    )
+    quiet: bool = _flag(False, "print no line a step, only the header and the end")
+
+
+# In the order of --help.
+FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags, OutputFlags)
+
+
+@dataclass(frozen=True)
+class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFlags, ModelFlags):
+    """The settings of a run, flat: the groups exist for --help alone.
+
+    None means: not chosen yet, :meth:`resolve` does that.
+    """
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str]) -> TrainConfig:
+        """Read the command line of one rank (or of a plain ``python``): resolved and checked.
+
+        Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2.
+        ``--help`` exits with 0. ``run_name`` is None when it was not given, since all ranks must agree on it:
+        see :meth:`named`.
+        """
+        from commons.cli.flags import read_rank_command_line
+
+        return read_rank_command_line(argv)
+
+    def resolve(self, device_type: str) -> TrainConfig:
+        """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Only ``run_name`` stays None.
+
+        Explicit values are kept even where they are wrong: commons.cli.checks judges the result.
+        """
+        chosen = {"device": device_type, **DEVICE_DEFAULTS[device_type]}
+        for name, value in zip(FRACTIONS, PLACEMENTS[self.placement], strict=True):
+            chosen[name] = value
+        model_type = self.model_type or chosen["model_type"]
+        shape = _shape_or_none(model_type)
+        if shape is not None:
+            chosen |= {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_heads": shape.heads}
+            chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
+        batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
+        chosen["blocks_per_chunk"] = _default_blocks_per_chunk(
+            self.num_layers or chosen.get("num_layers", 1), self.hidden_size or chosen.get("hidden_size", 1)
+        )
+        chosen["max_prefetch"] = 2 if self.gemini_hooks == "block" and self.tp_degree == 1 else 0
+        chosen["zero_stage"] = 0 if self.precision == "fp32" else 1
+        chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
+        unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
+        # a shell leaves the ~ in --log_dir=~/logs as it is
+        return dataclasses.replace(self, **unset, log_dir=str(Path(self.log_dir).expanduser()))
+
+    def shape(self) -> ModelShape:
+        """The size of ``model_type`` with this configuration's overrides. KeyError for an unknown size."""
+        from model_zoo import MODEL_SIZES
+
+        overrides = {"layers": self.num_layers, "hidden": self.hidden_size, "heads": self.num_heads}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return dataclasses.replace(MODEL_SIZES[str(self.model_type)], **given)
+
+    def gemini_placement(self) -> dict[str, Any]:
+        """GeminiPlugin's arguments that say where chunks live, of a resolved configuration.
+
+        The plugin itself knows only "static" and "auto": the other names have become fractions.
+        """
+        if self.placement == "auto":
+            return {
+                "placement_policy": "auto",
+                "warmup_non_model_data_ratio": self.warmup_non_model_data_ratio,
+                "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
+            }
+        return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, of a resolved configuration with a ``run_name``."""
+        return Path(self.log_dir) / str(self.run_name)
+
+    @property
+    def base_precision(self) -> str:
+        """What is computed and kept in where no matrix product of a block is meant: fp8 is bf16 there."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tp_degree * self.pp_degree
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a job of ``world_size`` ranks."""
+        return world_size // self.model_parallel_size
+
+    def default_run_name(self, world_size: int, time_stamp: str) -> str:
+        """A folder name that says what ran: plan, size, data x tensor x pipeline degrees, precision, time."""
+        degrees = f"{self.data_parallel_size(world_size)}x{self.tp_degree}x{self.pp_degree}"
+        return f"{self.distplan}-{self.model_type}-{degrees}-{self.precision}-{time_stamp}"
+
+    def named(self, world_size: int) -> TrainConfig:
+        """With a ``run_name``: the one given, else the default for this moment."""
+        if self.run_name is not None:
+            return self
+        return dataclasses.replace(self, run_name=self.default_run_name(world_size, time.strftime("%Y%m%d-%H%M%S")))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json: every setting by its flag's name, in the order of --help."""
+        return {f.name: getattr(self, f.name) for group in FLAG_GROUPS for f in dataclasses.fields(group)}
+
+
+def _shape_or_none(model_type: str) -> ModelShape | None:
+    from model_zoo import MODEL_SIZES
+
+    return MODEL_SIZES.get(model_type)
+
+
+def _default_blocks_per_chunk(layers: int, hidden: int) -> int:
+    return max(1, min(layers, SMALLEST_CHUNK // (12 * hidden * hidden)))
+
+
+def _default_microbatches(batch_size: int, pp_degree: int) -> int:
+    """One a stage keeps every stage busy once; a batch that cannot be cut so is cut into single sequences."""
+    if pp_degree <= 1:
+        return 1
+    return pp_degree if batch_size % pp_degree == 0 else max(1, batch_size)

@@ -1,0 +1,243 @@
+"""Tensors gathered and averaged by copies from memory to memory, without a kernel that communicates:
+``--peer_copies``.
+
+NCCL's kernels take multiprocessors of the GPU, for which a persistent matrix product beside them has to wait. The GPUs
+of one host can read and write each other's memory, and their copy engines do so beside all multiprocessors. Waiting for
+another rank needs none either: a stream waits for a number in memory (a stream memory operation of the driver), no
+kernel spins.
+
+What ranks tell each other are flags, one of each kind for every pair. A rank raises it in the other's memory; the other
+waits for it and takes it down:
+
+- ``BEGIN`` and its like: the stream has come to a point where all ranks meet. Behind it the teller's parts do not
+  change until the pass over the model is through, or, where tensors are replicated, all have read them.
+- ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
+- ``READ``: the teller has read the listener's parts. Told where tensors are replicated, for on the way back their
+  gradients are written over them. Between two lies a meeting, which the listener reaches only after it has taken the
+  first down.
+
+None is raised again before it was taken down. Of two meetings in a row each has its own flag, and no rank is more than
+one ahead. Recorded passes meet at one flag only: between two of them lie the averages of the first, for which each rank
+waits for all others.
+
+All ranks average the same tensors in the same order, on one stream each, which joins the computing one before the next
+meeting. A part may be overwritten by its average: each contribution comes from a rank that has passed its last use of
+the tensor, so that no one still reads the part. Nor is an inbox written too early: a rank's contribution to the average
+after the next one waits for all others' to the next, and each of these is behind the reading of the one before; the
+first of a pass waits for the meeting. No number in it changes from step to step, so that it can be recorded
+(commons.model.cuda_graph).
+
+How memory is reached is commons.distributed.peer_memory'.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from commons.distributed.peer_memory import GpuPeers, HostPeers, Peers
+from commons.lifecycle.outcome import RunError
+from commons.model.compile import compile_problem, say
+
+if TYPE_CHECKING:
+    from commons.config.schema import TrainConfig
+    from commons.distributed.device import Device
+
+SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
+# What a rank shares of a tensor begins at a multiple, so that wide copies and kernels find it aligned. On 2, 4 and 8
+# ranks all parts of replicated tensors do so nearly, by the widths of models: at 16 bytes.
+ALIGNED_ELEMENTS = 128
+
+
+class Flag(IntEnum):
+    """What is told; see the module. Those of a kind are used in turn."""
+
+    BEGIN = 0
+    BEGIN_TOO = 1
+    BEGIN_RECORDED = 2  # where passes are replayed, they meet here always, and no one else does
+    ARRIVED = 3
+    ARRIVED_TOO = 4
+    READ = 5
+
+
+class PeerCopies:
+    """Gathers and averages tensors of which every rank holds a part.
+
+    Args:
+        peers: all of the tensors' ranks.
+        part_sizes: elements of each tensor's part.
+        dtype: of all tensors.
+        replicated: a rank's part is a piece of the whole tensor, which stays in memory.
+
+    Attributes:
+        parts: for each tensor its parts by rank, flat; this rank's are its own to fill.
+        wholes: each tensor [ranks * elements] in this rank's memory, where they are ``replicated``; else none.
+        shared_bytes: device memory taken for it, as far as torch's allocator does not count it.
+        link_rate: bytes a second from another rank, when all copy.
+    """
+
+    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype, replicated: bool = False) -> None:
+        self._peers = peers
+        self._meetings = self._averages = 0
+        # at one time every rank reads from another: the next one after it first
+        self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
+        self._replicated = replicated
+        # what each rank shares of a tensor, and where in it its part begins; both in parts
+        held, places = (peers.size, range(peers.size)) if replicated else (1, [0] * peers.size)
+        rooms = [_aligned(held * size) for size in part_sizes]
+        arenas = [arena.split(rooms) for arena in peers.share(sum(rooms), dtype)]
+        self.parts = [
+            [arena[index][place * size : (place + 1) * size] for arena, place in zip(arenas, places, strict=True)]
+            for index, size in enumerate(part_sizes)
+        ]
+        own = zip(arenas[peers.rank], part_sizes, strict=True)
+        self.wholes = [room[: held * size] for room, size in own] if replicated else []
+        width = _aligned(max(part_sizes))
+        self._inboxes = [
+            inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
+        ]
+        self.shared_bytes, self.link_rate = peers.unseen_bytes, peers.link_rate
+
+    def meet(self) -> None:
+        """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
+        everything that writes parts. Where tensors are not replicated, also after a pass that averages nothing.
+        """
+        flag = (Flag.BEGIN, Flag.BEGIN_TOO)[self._meetings % 2]
+        if self._peers.recording():
+            flag = Flag.BEGIN_RECORDED
+        else:
+            self._meetings += 1
+        self._tell_all(flag)
+        self._await_all(flag)
+
+    def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
+        """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream, which is behind the
+        pass's meeting. Of a replicated tensor this rank's own is there.
+        """
+        pieces = whole.chunk(self._peers.size)
+        for peer in self._others if self._replicated else (*self._others, self._peers.rank):
+            pieces[peer].copy_(parts[peer])
+
+    def tell_read(self) -> None:
+        """Of replicated tensors: this rank has gathered all of them, on the current stream."""
+        self._tell_all(Flag.READ)
+
+    def await_read(self) -> None:
+        """Let the current stream wait until all other ranks have read this one's parts: once for each
+        :meth:`tell_read`, behind it, and before gradients take the tensors' place or parts are written again.
+        """
+        self._await_all(Flag.READ)
+
+    def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
+        """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
+        up in fp32, on the current stream (every rank has to).
+        """
+        peers, pieces = self._peers, whole.chunk(self._peers.size)
+        slot = self._averages % SLOTS
+        self._averages += 1
+        for peer in self._others:
+            self._room(peer, slot, peers.rank)[: len(out)].copy_(pieces[peer])
+            peers.tell(peer, Flag.ARRIVED + slot)
+        self._await_all(Flag.ARRIVED + slot)
+        received = self._inboxes[peers.rank][slot, :, : len(out)]
+        mean_of(pieces[peers.rank], received, out)
+
+    def _tell_all(self, flag: int) -> None:
+        for peer in self._others:
+            self._peers.tell(peer, flag)
+
+    def _await_all(self, flag: int) -> None:
+        for peer in self._others:
+            self._peers.await_told(peer, flag)
+
+    def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
+        """Where in its inbox a rank finds the contribution of another."""
+        return self._inboxes[listener][slot, (teller - listener) % self._peers.size - 1]
+
+
+def _aligned(elements: int) -> int:
+    return elements + -elements % ALIGNED_ELEMENTS
+
+
+def mean_of(own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the mean of ``own`` [elements] and of the rows of ``others`` [rows, elements] into ``out``, summed up in
+    fp32.
+    """
+    if own.is_cuda and _has_kernels():
+        from commons.ops.triton_kernels import mean_
+
+        mean_(own, others, out)
+        return
+    total = own.to(torch.float32, copy=True)
+    for other in others:
+        total += other
+    out.copy_(total.div_(1 + len(others)))
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    if compile_problem("cuda") is not None:
+        return False
+    from commons.ops.triton_kernels import fits
+
+    return fits()
+
+
+def chunk_problems(config: TrainConfig) -> Iterator[str]:
+    """Where Gemini's chunks are not gathered by a region's hooks, or do not stay on the device, one reason each."""
+    offload = config.offload_optim_frac or config.offload_param_frac
+    rules = (
+        (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
+        (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
+        (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
+        (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
+    )
+    return (text for applies, text in rules if applies)
+
+
+def peer_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
+    """Where nothing can be gathered by copies, one reason each."""
+    yield from chunk_problems(config)
+    if config.data_parallel_size(world_size) == 1:
+        yield "on one data-parallel rank, which has everything itself"
+    if world_size > local_world_size:
+        yield "between the memories of several machines"
+
+
+def find_peers(config: TrainConfig, device: Device) -> Peers | None:
+    """All ranks, where ``--peer_copies`` asks for it and they reach each other's memory (collective).
+
+    Raises:
+        RunError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+    possible = not any(peer_problems(config, device.world_size, local_world_size))
+    # who has taken peer access from NCCL has had a reason
+    by_itself = possible and device.type == "cuda" and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+    if config.peer_copies == "off" or (config.peer_copies == "auto" and not by_itself):
+        return None
+    try:
+        return peers_of(device)
+    except RuntimeError as error:
+        text = f"the ranks do not reach each other's memory ({error})"
+    wanted = [f"--{name} off" for name in ("peer_copies", "cuda_graph") if getattr(config, name) == "on"]
+    if wanted:
+        raise RunError(f"{text}: use {' and '.join(wanted)}")
+    say(f"{text}: gradients and chunks go by NCCL (--peer_copies)")
+    return None
+
+
+def peers_of(device: Device) -> Peers:
+    """All ranks, which are of one host (collective).
+
+    Raises:
+        RuntimeError: on every rank, if one does not reach another's memory.
+    """
+    group: Any = dist.group.WORLD
+    return (GpuPeers if device.type == "cuda" else HostPeers)(group, len(Flag))

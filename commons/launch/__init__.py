@@ -1,0 +1,1 @@
+"""Starts a run and sees it through: the launcher, torchrun's engine, several machines, ranks that hang or fail."""

@@ -1,0 +1,508 @@
+"""Starts a run: environment variables and flags in, ranks out. ``bash run_gemini.sh`` ends here.
+
+Reads the settings, judges them once, makes the run's folder and name, meets the other machines, then has
+torchrun's engine (torch.distributed.launcher) run the training script, and tells which rank failed first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from commons.cli.checks import why_no_gpu
+from commons.cli.flags import (
+    CONFIG_ERROR,
+    CommandLine,
+    find_devices,
+    help_text,
+    judge,
+    read_flags,
+    read_value,
+    report,
+    wants_help,
+)
+from commons.config.schema import TrainConfig
+from commons.doctor import explain_uncaught, explanation, needs_no_traceback
+from commons.launch.console_copy import ConsoleCopy
+from commons.launch.lifeline import Lifeline
+from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
+from commons.launch.stop_signals import Stopped, StopSignals
+from commons.lifecycle.guard import WATCH_VARIABLE
+from commons.lifecycle.outcome import FAILURE, Ended, read_note, stopped_by
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from commons.launch.watch import Watch
+
+PROG = "run_gemini.sh"
+EARLY_SECONDS = 3  # half of what torchrun's engine waits before it kills ranks itself
+TRAINING_SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt_demo.py"
+
+# Environment variables and the flags that they are another spelling of.
+FLAG_VARIABLES = {
+    "DISTPLAN": "distplan",
+    "MODEL_TYPE": "model_type",
+    "BATCH_SIZE": "batch_size",
+    "TRAIN_STEP": "train_step",
+    "TPDEGREE": "tp_degree",
+    "PPDEGREE": "pp_degree",
+    "PLACEMENT": "placement",
+    "SEQ_LEN": "seq_len",
+    "PRECISION": "precision",
+}
+
+# Environment variables that say what to start; they have no flag.
+JOB_VARIABLES = {
+    "GPUNUM": "processes on this machine, one a GPU (default: what the degrees need; without a GPU at least 2)",
+    "NNODES": "machines in all; start the same command on each (default: 1)",
+    "NODE_RANK": "which of them this is, from 0",
+    "MASTER_ADDR": "name or address of machine 0",
+    "MASTER_PORT": f"a free port there (default: {DEFAULT_PORT})",
+}
+
+# What looks at this machine instead of starting anything; see commons/doctor.
+DOCTOR_FLAGS = {
+    "--doctor": "what would keep a training from running here, and its cure",
+    "--doctor --json": "the same for programs",
+    "--doctor --failure TEXT": "what here may have caused this error",
+}
+
+# Settings of the Colossal-AI example's launcher that mean nothing here.
+OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
+OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to be run.
+
+    Attributes:
+        given: the settings that the user gave, by flag or by variable; the ranks get these.
+        config: all settings, resolved.
+        notices: what the user is told before anything starts.
+    """
+
+    given: dict[str, Any]
+    config: TrainConfig
+    nodes: Nodes
+    notices: list[str]
+
+
+def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
+    """Run a training from start to end; returns the process's exit code.
+
+    0: trained. 1, or the rank's own code: a rank failed or hung, or the machines did not meet. 2: wrong
+    settings, nothing was started. 128 + n: ended by signal n.
+    """
+    if "--doctor" in argv:
+        arguments = [word for word in argv if word != "--doctor"]
+        os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *arguments])
+    if wants_help(argv):
+        print(help_text(PROG, *variable_lists()), end="")
+        return 0
+    try:
+        stop = StopSignals()
+        launch, found = read_launch(argv, os.environ)
+        for line in launch.notices:
+            print(line, file=sys.stderr, flush=True)
+        if found:
+            report(found)
+            return CONFIG_ERROR
+        return start(launch, script, stop)
+    except Stopped as stopped:
+        print(f"Stopped by {signal.Signals(stopped.signum).name}.", file=sys.stderr, flush=True)
+        return 128 + stopped.signum
+
+
+def variable_lists() -> tuple[str, ...]:
+    """The sections of --help about environment variables."""
+    flags = [f"  {variable:14}--{name}" for variable, name in FLAG_VARIABLES.items()]
+    jobs = [f"  {variable:14}{text}" for variable, text in JOB_VARIABLES.items()]
+    return (
+        "\n".join(["environment variables that stand for flags (a flag wins):", *flags]),
+        "\n".join(["environment variables that say what is started:", *jobs]),
+        "\n".join(["instead of a training:", *(f"  {flags:26}{text}" for flags, text in DOCTOR_FLAGS.items())]),
+    )
+
+
+def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch, list[str]]:
+    """Settings from flags and variables, and every problem with them. Starts, makes and prints nothing."""
+    notices = list(_obsolete(argv, environ))
+    flags = read_flags([word for word in argv if word not in OBSOLETE_FLAGS])
+    variables = read_variables(environ, except_for=flags.given)
+    line = CommandLine({**variables.given, **flags.given}, [*flags.problems, *variables.problems])
+    device_type, _ = find_devices(line.config().device)
+    nodes, node_problems = read_nodes(environ, line.config().model_parallel_size, device_type)
+    config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
+    found = [_name_variable(problem, environ, flags.given) for problem in found]
+    if not found and config.device == "cpu" and line.config().device == "auto":
+        notices.append(_no_gpu_notice(config, nodes))
+    return Launch(line.given, config, nodes, notices), [*found, *node_problems]
+
+
+def _obsolete(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[str]:
+    given = [name for name in OBSOLETE_VARIABLES if environ.get(name)]
+    given += [flag for flag in OBSOLETE_FLAGS if flag in argv]
+    for name in given:
+        yield (f"warning: {name} has no meaning any more and is ignored: {(OBSOLETE_VARIABLES | OBSOLETE_FLAGS)[name]}")
+
+
+def read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -> CommandLine:
+    """The settings that environment variables give; an empty one gives none, nor does one behind a flag."""
+    hints, given, found = get_type_hints(TrainConfig), {}, []
+    for variable, name in FLAG_VARIABLES.items():
+        if environ.get(variable) and name not in except_for:
+            try:
+                given[name] = read_value(name, environ[variable], hints[name], label=variable)
+            except ValueError as error:
+                found.append(str(error))
+    return CommandLine(given, found)
+
+
+def _name_variable(problem: str, environ: Mapping[str, str], flags: Mapping[str, Any]) -> str:
+    """Add which variables a problem comes from: the user never typed the flags that it speaks of."""
+    sources = [
+        f"{variable}={environ[variable]}"
+        for variable, name in FLAG_VARIABLES.items()
+        if environ.get(variable) and name not in flags and re.search(rf"--{name}\b", problem)
+    ]
+    return f"{problem} [{', '.join(sources)} in the environment]" if sources else problem
+
+
+def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type: str) -> tuple[Nodes, list[str]]:
+    """The job's machines from the environment variables, and what is wrong with these.
+
+    Without GPUNUM as many processes are started as one copy of the model needs; on CPUs two or more, to be a
+    parallel run.
+    """
+    found: list[str] = []
+
+    def number(variable: str, default: int, low: int, high: int, advice: str) -> int:
+        text = environ.get(variable) or str(default)
+        if re.fullmatch(r"\d+", text) and low <= int(text) <= high:
+            return int(text)
+        found.append(f"{variable} must be a whole number from {low} to {high}, got {text!r}: {advice}")
+        return default
+
+    many = 100_000
+    count = number("NNODES", 1, 1, many, "set the number of machines, or leave it out")
+    needed = -(-max(1, model_parallel_size) // count)
+    smallest = 1 if device_type == "cuda" or count > 1 else 2
+    advice = "set the number of processes on this machine, or leave it out"
+    ranks = number("GPUNUM", max(smallest, needed), 1, many, advice)
+    if count == 1:
+        return Nodes(ranks), found
+    for variable in ("NODE_RANK", "MASTER_ADDR"):
+        if not environ.get(variable):
+            found.append(f"{variable} is needed with NNODES={count}: {JOB_VARIABLES[variable]}")
+    rank = number("NODE_RANK", 0, 0, count - 1, "number the machines from 0")
+    port = number("MASTER_PORT", DEFAULT_PORT, 1, 65535, "set a free port, the same on all machines")
+    return Nodes(ranks, count, rank, environ.get("MASTER_ADDR", ""), port), found
+
+
+def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
+    """The command that cures it has a line of its own, to be copied as it is."""
+    ranks = f"{nodes.world_size} CPU rank{'s' * (nodes.world_size > 1)}"
+    cause, cure = why_no_gpu()
+    end = f"; try:\n    {cure}\n" if cure else ". "
+    return (
+        f"No GPU seen{cause and f': {cause}'}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
+        " README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
+    )
+
+
+def start(launch: Launch, script: Path, stop: StopSignals) -> int:
+    """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
+    try:
+        met = meet(launch.nodes, _card(launch), launch.config.timeout)
+    except MeetingError as error:
+        print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
+        return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
+    _choose_interface(launch, met.nodes)
+    config = dataclasses.replace(launch.config, run_name=met.leader["_run_name"])
+    launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
+    try:
+        console_copy = _open_console_copy(launch)
+    except OSError as error:
+        print(
+            f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
+            file=sys.stderr,
+        )
+        return FAILURE
+    with console_copy, met.lifeline as lifeline:
+        try:
+            code = run_ranks(launch, met.store, script, stop)
+        except Stopped as stopped:
+            if not lifeline.struck:
+                raise
+            code = 128 + stopped.signum  # by the lifeline, when the ranks had ended by themselves just so
+        lifeline.stand_down()
+        if code:
+            code = _look_for_others(code, lifeline, met.nodes)
+        lifeline.close(succeeded=code == 0)
+        console_copy.tells_at_the_end = code == 0  # else the last line is to be what the run ended for
+        return code
+
+
+def _look_for_others(code: int, lifeline: Lifeline, nodes: Nodes) -> int:
+    """Say which node was gone before this one failed, or cannot be reached; returns the exit code."""
+    if code > 128 and not lifeline.struck:
+        return code  # by a signal from outside: nobody is to be blamed
+    if lifeline.lost is not None:
+        line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: its own screen says why."
+        print(line, file=sys.stderr, flush=True)
+        return FAILURE if lifeline.struck else code
+    for node in lifeline.silent():
+        line = f"{nodes.describe(node).capitalize()} does not answer: is it up, and its network?"
+        print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def _choose_interface(launch: Launch, nodes: Nodes) -> None:
+    """Have gloo take the interface by which the nodes met. Left alone, it takes the one of the machine's own
+    name, which on many systems is the loopback: no other machine gets through to that."""
+    name = interface_to_the_others(nodes)
+    if name and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        line = f"Node {nodes.rank} of {nodes.count}: {name} ({nodes.addresses[nodes.rank]}) leads to the others."
+        launch.notices.append(f"{line} GLOO_SOCKET_IFNAME would choose another interface.")
+        print(launch.notices[-1], file=sys.stderr, flush=True)
+
+
+def _card(launch: Launch) -> dict[str, Any]:
+    """What all machines have to agree on, and the run's name, which node 0 makes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    settings = launch.config.as_dict()
+    # where a machine keeps its logs is its own affair
+    del settings["log_dir"], settings["run_name"], settings["quiet"]
+    return {
+        **{f"the version of {package}": installed(package) for package in ("torch", "colossalai", "transformers")},
+        "the version of python": ".".join(map(str, sys.version_info[:2])),
+        "NNODES": launch.nodes.count,
+        "the number of ranks (GPUNUM)": launch.nodes.ranks_per_node,
+        **{f"--{name}": value for name, value in settings.items()},
+        "_run_name": launch.config.run_name or _free_run_name(launch),
+    }
+
+
+def _free_run_name(launch: Launch) -> str:
+    """The default name, counted up where another run of this second has it."""
+    config = launch.config
+    name = config.default_run_name(launch.nodes.world_size, time.strftime("%Y%m%d-%H%M%S"))
+    number, free = 1, name
+    while dataclasses.replace(config, run_name=free).run_dir.exists():
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _open_console_copy(launch: Launch) -> ConsoleCopy:
+    """Makes the run's folder: from here on there is a run. OSError where that cannot be."""
+    run_dir, node = launch.config.run_dir, launch.nodes.rank
+    run_dir.mkdir(parents=True, exist_ok=True)
+    name = "console.log" if node == 0 else f"console-node{node}.log"
+    return ConsoleCopy(run_dir / name, already_shown=launch.notices)
+
+
+def _rank_command(launch: Launch, script: Path) -> list[str]:
+    """The script, with the given settings as flags for the ranks, which choose the rest as the launcher did."""
+    settings = {**launch.given, "device": launch.config.device, "run_name": launch.config.run_name}
+    return [str(script), *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def run_ranks(launch: Launch, store: TCPStore, script: Path, stop: StopSignals) -> int:
+    """Run ``script`` on this machine's ranks with torchrun's engine; returns the exit code when all ended."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from commons.launch.agent import run_agent
+    from commons.launch.watch import Watch
+
+    nodes, config = launch.nodes, launch.config
+    threads = max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # the engine leaves its folder of error files behind
+    with tempfile.TemporaryDirectory(prefix="run_gemini_") as folder:
+        os.environ[WATCH_VARIABLE] = folder
+        watch = Watch(Path(folder), nodes, config.timeout, store)
+        course, failed = Course(launch, watch), None
+        with stop.keeping():
+            try:
+                run_agent(
+                    _rank_command(launch, script),
+                    nodes,
+                    store,
+                    Path(folder) / "errors",
+                    config.max_restarts,
+                    stop,
+                    watch=watch,
+                    begin=course.begin,
+                    is_final=is_final,
+                    on_restart=course.report_restart,
+                )
+            except (ChildFailedError, SignalException, RuntimeError) as error:
+                failed = error
+            finally:
+                watch.sweep()
+            if stop.kept:  # what failed, failed for it
+                return course.report_signal(stop.kept)
+        if isinstance(failed, ChildFailedError):
+            return _report_failure(failed, nodes, course)
+        if failed is not None:  # node 0, which holds the store, has gone
+            print(f"node {nodes.rank} lost the others: {failed}", file=sys.stderr, flush=True)
+            return FAILURE
+    return 0
+
+
+class Course:
+    """What becomes of a run's attempts: told on the screen and, where the ranks could not, in summary.json."""
+
+    def __init__(self, launch: Launch, watch: Watch) -> None:
+        self._config, self._nodes, self.watch = launch.config, launch.nodes, watch
+
+    def begin(self, attempt: int) -> None:
+        from commons.reporting.run_log import begin_attempt
+
+        self.watch.sweep()
+        self.watch.begin(attempt)
+        if self._nodes.rank == 0:
+            begin_attempt(self._config.run_dir, attempt)
+
+    def report_restart(self, failures: Mapping[int, ProcessFailure], attempt: int) -> None:
+        lines, ended = failure_lines(failures, self._nodes, self.watch.verdict)
+        self.conclude(ended, replace=True)
+        allowed = self._config.max_restarts + 1
+        lines.append(f"Attempt {attempt} of {allowed} begins: all ranks start again, from the first step.")
+        print("", *lines, sep="\n", file=sys.stderr, flush=True)
+
+    def report_signal(self, signum: int) -> int:
+        done = self.conclude(stopped_by(signum, 0, self._config.train_step), replace=False)
+        print(stopped_by(signum, done, self._config.train_step).why, file=sys.stderr, flush=True)
+        return 128 + signum
+
+    def conclude(self, ended: Ended, *, replace: bool) -> int | None:
+        """See commons.reporting.run_log; None where rank 0 is not: its machine counts the steps."""
+        from commons.reporting.run_log import conclude
+
+        if self._nodes.rank != 0:
+            return None
+        return conclude(self._config.run_dir, self._config, ended, self.watch.attempt, replace=replace)
+
+
+def is_final(failures: Mapping[int, ProcessFailure]) -> bool:
+    """Whether ranks that failed so would fail again: wrong settings, or an end on purpose."""
+    return any(
+        failure.exitcode == CONFIG_ERROR or read_note(failure.message) is not None for failure in failures.values()
+    )
+
+
+def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, of ``failures`` by rank in the order in which torchrun's engine saw them
+    end.
+
+    Its peers fail too, for want of it, and may end before it does. A rank whose exception was recorded failed
+    when its error file was written. One that was killed wrote none: it is the cause if it was the first to
+    end, or was killed by a signal that the engine had not yet begun to send.
+    """
+    first, start = next(iter(failures)), min(failure.timestamp for failure in failures.values())
+
+    def order(rank: int) -> tuple[int, float]:
+        failure = failures[rank]
+        if os.path.isfile(failure.error_file):
+            return 1, os.stat(failure.error_file).st_mtime
+        by_itself = failure.exitcode < 0 and failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT)
+        early = failure.timestamp - start < EARLY_SECONDS
+        if (rank == first and failure.exitcode != -signal.SIGABRT) or (by_itself and early):
+            return 0, failure.timestamp
+        return 2, failure.timestamp
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
+def _report_failure(error: ChildFailedError, nodes: Nodes, course: Course) -> int:
+    """Print, last of all, the error of the rank that failed first; returns the launcher's exit code."""
+    _, failure = root_cause(error.failures)
+    if failure.exitcode == CONFIG_ERROR and not os.path.isfile(failure.error_file):
+        return CONFIG_ERROR  # rank 0 has told the problems
+    lines, ended = failure_lines(error.failures, nodes, course.watch.verdict)
+    course.conclude(ended, replace=read_note(failure.message) is None)
+    print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    if ended.how == "failed" and read_note(failure.message) is None:
+        causes = _causes(failure, lines)
+        if causes:
+            print(f"\n{causes}", file=sys.stderr, flush=True)
+    return ended.exit_code
+
+
+def failure_lines(
+    failures: Mapping[int, ProcessFailure], nodes: Nodes, verdict: Sequence[str]
+) -> tuple[list[str], Ended]:
+    """What is told of ranks that failed: of the one that hung, else of the one that failed first.
+
+    Args:
+        verdict: commons.launch.watch's lines, empty if no rank hung.
+
+    Returns:
+        Lines for the screen, and the same for summary.json.
+    """
+    if verdict:
+        return list(verdict), Ended("hung", verdict[0])
+    rank, failure = root_cause(failures)
+    if note := read_note(failure.message):
+        return [note.why], note
+    message, stack = _message(failure)
+    # what this rank printed lies somewhere among what the others did
+    shows_stack = nodes.world_size > 1 and not needs_no_traceback(message)
+    text = nodes.annotate(stack if shows_stack else message)
+    head = f"Rank {rank} of {nodes.world_size} failed"
+    lines = [f"{head}:", *text.strip().splitlines()] if text else [f"{head} ({_ending(failure)})."]
+    code = failure.exitcode if failure.exitcode > 0 else FAILURE
+    return lines, Ended("failed", f"{head}: {message}" if message else lines[0], code)
+
+
+def _message(failure: ProcessFailure) -> tuple[str, str]:
+    """What the rank's exception said, and that with its stack; empty where it left none."""
+    details = failure.message if isinstance(failure.message, dict) else {}
+    message = details.get("message", "")
+    return message, details.get("extraInfo", {}).get("py_callstack", message)
+
+
+def _causes(failure: ProcessFailure, lines: Sequence[str]) -> str:
+    """What the doctor finds on this machine that explains a failure; where it finds nothing, the stack that an
+    error which needs none was told without.
+    """
+    message, stack = _message(failure)
+    return explanation(message or lines[0]) or (stack.rstrip() if needs_no_traceback(message) else "")
+
+
+def _ending(failure: ProcessFailure) -> str:
+    if failure.exitcode >= 0:
+        return f"exit code {failure.exitcode}"
+    name = failure.signal_name()
+    if name != "SIGKILL":
+        return f"killed by {name}"
+    return f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower --batch_size"
+
+
+if __name__ == "__main__":
+    explain_uncaught()
+    sys.exit(main(sys.argv[1:]))

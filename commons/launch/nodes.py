@@ -1,0 +1,329 @@
+"""The machines of a job: who they are, and how they find each other and agree before any rank starts.
+
+Node 0 opens a store (torch's TCPStore) at MASTER_ADDR:MASTER_PORT. Every node leaves a card there that says
+what it would run; the cards must agree. The same store then serves torchrun's static rendezvous. The cards also
+tell the way between the nodes, which gloo would guess from the machine's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from commons.launch import lifeline
+from commons.launch.lifeline import Lifeline
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+Result = TypeVar("Result")
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 29500  # torchrun's
+POLL_SECONDS = 0.2
+CONNECT_SECONDS = 30.0
+FAREWELL_SECONDS = 10.0
+OWN_ADDRESS_SECONDS = 10.0
+SAME_ON_ALL = (
+    "MASTER_ADDR must be an address of node 0, MASTER_PORT a port that nothing else uses, on all nodes the same"
+)
+NODE_0_LEFT = "node 0 went away while the nodes were meeting: its own screen says why"
+
+
+class MeetingError(Exception):
+    """The nodes did not come together; the text says which, why, and what to do."""
+
+
+class NodesDiffer(MeetingError):
+    """The nodes came together and would not run the same."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job, as this one knows them.
+
+    Attributes:
+        count, rank: machines in all, and which of them this is.
+        ranks_per_node: processes on each.
+        master_addr, master_port: where node 0 listens; port 0 takes a free one (one machine only).
+        addresses: by node, where this one reaches it; this one's own is where the others do. Known after `meet`.
+    """
+
+    ranks_per_node: int
+    count: int = 1
+    rank: int = 0
+    master_addr: str = LOOPBACK
+    master_port: int = 0
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.count * self.ranks_per_node
+
+    @property
+    def address(self) -> str:
+        return f"{self.master_addr}:{self.master_port}"
+
+    def annotate(self, text: str) -> str:
+        """An error's text with "[10.0.0.2]" made to "[10.0.0.2, node 1]": gloo knows addresses only. Unchanged
+        where nodes share an address."""
+        if len(set(self.addresses)) < self.count:
+            return text
+        for node, address in enumerate(self.addresses):
+            text = text.replace(f"[{address}]", f"[{address}, node {node}]")
+        return text
+
+    def describe(self, node: int) -> str:
+        return f"node {node} ({self.addresses[node]})" if self.addresses else f"node {node}"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What the nodes have in common once they met: the store, the nodes with their addresses, node 0's card."""
+
+    store: TCPStore
+    nodes: Nodes
+    leader: dict
+    lifeline: Lifeline
+
+
+def meet(nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> Meeting:
+    """Bring all nodes together (blocking).
+
+    Raises:
+        MeetingError, NodesDiffer: as open_store and agree do.
+    """
+    store = open_store(nodes, timeout_seconds)
+    if nodes.count == 1:
+        return Meeting(store, nodes, agree(store, nodes, card, timeout_seconds)[0], Lifeline())
+    way = _way_to_node_0(nodes) if nodes.rank else None
+    listener = None if nodes.rank else lifeline.listen()
+    private = {"_address": way.here if way else "", "_lifeline": listener.getsockname()[1] if listener else 0}
+    cards = agree(store, nodes, {**card, **private}, timeout_seconds)
+    addresses = [other["_address"] for other in cards]
+    # node 0 learns its own address from where it sends to node 1
+    addresses[0] = way.there if way else _local_address(addresses[1])
+    line = lifeline.connect(addresses[0], cards[0]["_lifeline"], nodes.rank) if nodes.rank else None
+    return Meeting(store, replace(nodes, addresses=tuple(addresses)), cards[0], Lifeline(listener, line))
+
+
+@dataclass(frozen=True)
+class Way:
+    """The two ends of a connection, as addresses."""
+
+    here: str
+    there: str
+
+
+def _way_to_node_0(nodes: Nodes) -> Way:
+    try:
+        with socket.create_connection((nodes.master_addr, nodes.master_port), timeout=CONNECT_SECONDS) as connection:
+            return Way(connection.getsockname()[0], connection.getpeername()[0])
+    except OSError:
+        raise MeetingError(NODE_0_LEFT) from None
+
+
+def _local_address(there: str) -> str:
+    """This machine's address on the way to another; nothing is sent."""
+    family = socket.AF_INET6 if ":" in there else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((there, DEFAULT_PORT))
+        return probe.getsockname()[0]
+
+
+def interface_to_the_others(nodes: Nodes) -> str:
+    """The name of the network interface by which the other nodes reach this one; empty where it has none."""
+    import psutil
+
+    if not nodes.addresses:
+        return ""
+    mine = nodes.addresses[nodes.rank]
+    found = psutil.net_if_addrs()
+    # an IPv6 address of a link has its interface behind it: fe80::1%eth0
+    return next((name for name, all_of_it in found.items() if any(mine == each.address for each in all_of_it)), "")
+
+
+def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
+    """The job's store: node 0 serves it, as long as it lives, the others connect. MeetingError if late."""
+    from torch.distributed import TCPStore
+
+    serves = nodes.rank == 0
+    if serves:
+        _check_port_and_address(nodes)
+    else:
+        _wait_for_listener(nodes, timeout_seconds)
+
+    def open_it() -> TCPStore:
+        return TCPStore(
+            nodes.master_addr,
+            nodes.master_port,
+            is_master=serves,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=min(timeout_seconds, CONNECT_SECONDS)),
+            multi_tenant=True,  # the rendezvous opens the same one again
+        )
+
+    try:
+        return in_time(open_it, min(timeout_seconds, CONNECT_SECONDS) + 1)
+    except (RuntimeError, TimeoutError) as error:
+        cause = str(error).splitlines()[0]
+        if serves:
+            text = f"node 0 could not open a store at {nodes.address} ({cause}): {SAME_ON_ALL}"
+        else:
+            text = (
+                f"what answers node {nodes.rank} at {nodes.address} is not node 0's store ({cause}): if another"
+                f" program has this port there, which node 0's own screen says, set another MASTER_PORT; {SAME_ON_ALL}"
+            )
+        raise MeetingError(text) from None
+
+
+def in_time(work: Callable[[], Result], seconds: float) -> Result:
+    """work(), in a thread that is left behind where it takes too long: a listener that is no store, and says
+    nothing, holds TCPStore for ever, whatever its timeout, and keeps signals from being handled."""
+    answers: list[Result | Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(work())
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + seconds
+    while not answers:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        thread.join(POLL_SECONDS)
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
+
+
+def agree(store: TCPStore, nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> list[dict]:
+    """Exchange cards with all nodes (blocking, until the last one comes); returns them by node.
+
+    Args:
+        card: what has to be the same on every node, as JSON values. Keys that start with an underscore may
+        differ.
+
+    Raises:
+        MeetingError: a node did not come within ``timeout_seconds``.
+        NodesDiffer: naming each difference with both values; every node raises it.
+    """
+    store.set(f"suite/card/{nodes.rank}", json.dumps(dict(card)))
+    keys = {node: f"suite/card/{node}" for node in range(nodes.count)}
+    _wait_for(store, keys, timeout_seconds)
+    cards = [json.loads(store.get(key)) for key in keys.values()]
+    store.set(f"suite/read/{nodes.rank}", "")
+    differences = [
+        f"{key} is {other.get(key)} on node {node}, {cards[0].get(key)} on node 0"
+        for node, other in enumerate(cards)
+        for key in sorted({*cards[0], *other})
+        if not key.startswith("_") and other.get(key) != cards[0].get(key)
+    ]
+    if differences:
+        if nodes.rank == 0:  # whose store the others are still reading
+            with contextlib.suppress(MeetingError):
+                _wait_for(store, {n: f"suite/read/{n}" for n in range(nodes.count)}, FAREWELL_SECONDS)
+        raise NodesDiffer("\n".join(f"{line}: make them the same" for line in differences))
+    return cards
+
+
+def _wait_for(store: TCPStore, keys: Mapping[int, str], timeout_seconds: float) -> None:
+    """Until all keys are there. Polled, since a signal cannot interrupt the store's own wait."""
+    deadline = time.monotonic() + timeout_seconds
+    missing = dict(keys)
+    while missing:
+        try:
+            missing = {node: key for node, key in missing.items() if not store.check([key])}
+        except RuntimeError:
+            raise MeetingError(NODE_0_LEFT) from None
+        if missing and time.monotonic() > deadline:
+            late = ", ".join(map(str, missing))
+            raise MeetingError(
+                f"node {late} did not come within {timeout_seconds:g} s: start the command on every machine,"
+                " with NODE_RANK counting from 0, or allow more time with --timeout"
+            )
+        if missing:
+            time.sleep(POLL_SECONDS)
+
+
+def _check_port_and_address(nodes: Nodes) -> None:
+    """Node 0 can listen on MASTER_PORT, and MASTER_ADDR leads back to it. TCPStore finds that out too, with
+    pages of its own frames."""
+    if nodes.master_port == 0:
+        return
+    try:
+        listener = socket.create_server(("", nodes.master_port))
+    except OSError as error:
+        raise MeetingError(
+            f"MASTER_PORT {nodes.master_port} cannot be used on node 0 ({os.strerror(error.errno or 0)}): set another"
+            " one, the same on all nodes"
+        ) from None
+    with listener:
+        problem = _not_ours(listener, nodes)
+    if problem:
+        raise MeetingError(
+            f"MASTER_ADDR {nodes.master_addr!r} does not lead to node 0, which this is ({problem}): set one of its"
+            f" addresses ({', '.join(_addresses_here())}) or its name, the same on all nodes; or NODE_RANK is wrong"
+        )
+
+
+def _not_ours(listener: socket.socket, nodes: Nodes) -> str:
+    """Why a connection to MASTER_ADDR does not reach ``listener``; empty where it does."""
+    token, deadline = os.urandom(16), time.monotonic() + OWN_ADDRESS_SECONDS
+    try:
+        with socket.create_connection((nodes.master_addr, nodes.master_port), OWN_ADDRESS_SECONDS) as probe:
+            probe.sendall(token)
+            while (left := deadline - time.monotonic()) > 0:
+                listener.settimeout(left)
+                connection, _ = listener.accept()
+                with connection:  # other nodes knock here too
+                    connection.settimeout(POLL_SECONDS)
+                    with contextlib.suppress(TimeoutError):
+                        if connection.recv(len(token)) == token:
+                            return ""
+    except TimeoutError:
+        pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return "another machine answers there"
+
+
+def _addresses_here() -> list[str]:
+    import psutil
+
+    all_of_them = [each for found in psutil.net_if_addrs().values() for each in found]
+    found = [each.address for each in all_of_them if each.family == socket.AF_INET]
+    return [address for address in found if not address.startswith("127.")] or ["it has none"]
+
+
+def _wait_for_listener(nodes: Nodes, timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((nodes.master_addr, nodes.master_port), timeout=5).close()
+            return
+        except socket.gaierror:
+            raise MeetingError(
+                f"MASTER_ADDR {nodes.master_addr!r} is no address that node {nodes.rank} can look up: set"
+                " node 0's name or IP address"
+            ) from None
+        except OSError as error:
+            cause = error.strerror or str(error)
+        if time.monotonic() > deadline:
+            raise MeetingError(
+                f"node {nodes.rank} could not reach node 0 at {nodes.address} within {timeout_seconds:g} s"
+                f" ({cause}): check that node 0 was started, MASTER_ADDR and MASTER_PORT, and the firewall"
+                " between the two"
+            )
+        time.sleep(POLL_SECONDS)

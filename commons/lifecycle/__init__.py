@@ -1,0 +1,1 @@
+"""How a rank lives and ends: its heartbeat, its guard, the ways in which a run can end."""

@@ -1,0 +1,1 @@
+"""GPT-2 as pure functions of tensors, its initial weights, and how it is compiled and captured."""

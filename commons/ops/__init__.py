@@ -1,0 +1,1 @@
+"""Operators of GPT-2: losses, norms, feed-forward layers, fp8, recomputation, and their GPU kernels."""

@@ -1,0 +1,240 @@
+"""Colossal-AI's plans: plugins chosen from the configuration, wrapped by its Booster."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from commons.config.schema import TrainConfig
+from commons.distributed.device import Device, compute_dtype, every_rank
+from commons.distributed.layout import Place, check_mesh
+from commons.distributed.peer_copies import find_peers
+from commons.model.compile import functions_for, run_as_functions, say, wants_compile, wants_functions
+from commons.model.cuda_graph import EAGER_STEPS, StepGraph, has_room, join, wants_graph
+from commons.model.initial_weights import decay_groups, seeded_init_
+from commons.plans.colossal.chunks import blocks_first, chunk_configuration
+from commons.plans.colossal.runtime import prepare
+from commons.plans.trainable import Update
+from model_zoo import build_model
+
+
+class BoostedTrainable:
+    """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines."""
+
+    replayed_bytes = 0
+    shared_bytes: int | None = None
+
+    def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
+        self.booster, self.model, self.optimizer = booster, model, optimizer
+        self.adam = adam
+        self._no_sync = no_sync
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.booster.backward(loss, self.optimizer)
+
+    def step(self) -> Update:
+        updates = self.adam.updates
+        loss_scale = self._loss_scale()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        skipped = self.adam.updates == updates
+        norm = self.optimizer.get_grad_norm()
+        return Update(None if norm is None or skipped else norm / loss_scale, skipped)
+
+    def _loss_scale(self) -> float:
+        """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
+        scaler = self.loss_scaler()
+        return 1.0 if scaler is None else scaler.scale.item()
+
+    def loss_scaler(self) -> Any:
+        """Colossal-AI's DynamicGradScaler, which each of its optimizers has under a name of its own; None but for
+        fp16.
+        """
+        names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
+        mixins = (getattr(self.optimizer, name, None) for name in names)
+        return next((mixin.grad_scaler for mixin in mixins if mixin and hasattr(mixin, "grad_scaler")), None)
+
+
+class GraphedTrainable(BoostedTrainable):
+    """The same with both passes recorded after the first steps; see commons.model.cuda_graph.
+
+    A replayed backward pass is that of the last replayed forward pass, whatever loss it is called with; where ranks
+    share memory it has to come before the next forward pass (commons.distributed.peer_copies).
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._steps = 0
+        self._graph: StepGraph | None = None
+        self._step_bytes = 0
+        self._norms: dict[Any, torch.Tensor | None] = {}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(tokens)
+        self._steps += 1
+        if self._steps == EAGER_STEPS + 1:
+            self._record(tokens)
+        return super().forward(tokens) if self._graph is None else self._graph.forward(tokens)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self._graph is None:
+            super().backward(loss)
+            self._step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            return
+        self._graph.backward()
+        for chunk, norm in self._norms.items():
+            chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
+
+    def _record(self, tokens: torch.Tensor) -> None:
+        if not every_rank(has_room(self._step_bytes), tokens.device):  # replayed passes meet only each other
+            say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
+            return
+        self._graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
+        self.replayed_bytes = self._graph.peak_bytes
+        self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
+        say("forward and backward pass are recorded, and replayed from here on (--cuda_graph)")
+
+    def _forward_alone(self, tokens: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(tokens)
+        self._join_gathers()
+        return loss
+
+    def _backward_alone(self, loss: torch.Tensor) -> None:
+        super().backward(loss)
+        self._join_gathers()
+
+    def _join_gathers(self) -> None:
+        """Wait for what is gathered ahead: nothing that one pass begins may end in the other, where they are recorded
+        apart.
+        """
+        manager: Any = self.model.gemini_manager
+        manager.wait_chunks(list(manager.async_works))
+        if manager.chunk_manager._prefetch_stream is not None:
+            join(manager.chunk_manager._prefetch_stream, torch.cuda.current_stream())
+
+
+def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
+    """Wrap the model with GeminiPlugin (collective)."""
+    prepare(device.type)
+    from colossalai.booster.plugin import GeminiPlugin
+
+    from commons.plans.colossal.block_hooks import run_by_blocks
+    from commons.plans.colossal.chunk_adam import update_by_chunks
+    from commons.plans.colossal.peer_chunks import share_parts
+
+    placement = config.gemini_placement()
+    # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
+    offloads = placement["placement_policy"] == "auto" or placement["offload_optim_frac"] > 0
+    plugin = GeminiPlugin(
+        **placement,
+        precision=config.base_precision,
+        max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
+        # a rank alone has its chunks already
+        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,  # pyright: ignore
+        enable_gradient_accumulation=config.grad_accum > 1,
+        enable_async_reduce=True,
+        pin_memory=True,
+        chunk_config_dict=chunk_configuration(
+            config.shape(),
+            zero_size=device.world_size // config.tp_degree,
+            tp_degree=config.tp_degree,
+            blocks=config.blocks_per_chunk,  # pyright: ignore[reportArgumentType]
+        ),
+        tp_size=config.tp_degree,
+    )
+    plugin.shard_config.make_vocab_size_divisible_by = 1  # model_zoo has padded already; tp_degree divides what it made
+    copy, _, part = plugin.pg_mesh.coordinate()  # pyright: ignore[reportGeneralTypeIssues]
+    mesh_place = Place(data=copy, pipeline=0, tensor=part)
+    check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=1, mesh_place=mesh_place)
+    plugin.gemini_config["pin_memory"] = device.type == "cuda" and offloads
+    model = new_model(config, device, lazy=True)
+    if placement["placement_policy"] == "static":
+        plugin.gemini_config["memstats"] = blocks_first(model)
+    peers = find_peers(config, device)
+    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
+    kind = GraphedTrainable if graphed else BoostedTrainable
+    trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
+    if peers is not None:
+        gemini: Any = trainable.model
+        trainable.shared_bytes = share_parts(gemini, peers, replicated=placement["shard_param_frac"] == 0).shared_bytes
+    update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
+    run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
+    return trainable
+
+
+def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:
+    """Wrap the model with LowLevelZeroPlugin of ``stage`` 1 or 2 (collective)."""
+    prepare(device.type)
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    plugin = LowLevelZeroPlugin(
+        stage=stage,
+        precision=config.base_precision,
+        max_norm=config.clip_grad_norm,
+        initial_scale=config.initial_loss_scale,
+    )
+    model = new_model(config, device, lazy=False)
+    if wants_functions(config, device.type):
+        run_as_functions(model, functions_for(config, device.type))
+    return boost(plugin, model, config, no_sync=stage == 1)
+
+
+def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
+    """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter
+    into chunks.
+    """
+    from colossalai.accelerator import get_accelerator
+    from colossalai.lazy import LazyInitContext
+
+    with LazyInitContext(default_device=get_accelerator().get_current_device()) if lazy else device.torch_device:
+        model = build_model(
+            config.shape(),
+            attention=config.attention,
+            dropout=config.dropout,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+    seeded_init_(model, config.seed, device.torch_device, None if lazy else compute_dtype(config.base_precision))
+    return model
+
+
+def boost(
+    plugin: Any,
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    no_sync: bool,
+    trainable: type[BoostedTrainable] = BoostedTrainable,
+) -> BoostedTrainable:
+    """Wrap model and optimizer by a Booster (collective). ``no_sync``: the plugin can leave gradients of a
+    micro-batch unreduced.
+    """
+    from colossalai.booster import Booster
+
+    from commons.plans.colossal.adam_kernels import SuiteAdam
+
+    adam = SuiteAdam(
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        adamw_mode=True,
+    )
+    booster = Booster(plugin=plugin)
+    boosted: Any
+    boosted, optimizer, *_ = booster.boost(model, adam)
+    return trainable(booster, boosted, optimizer, adam, no_sync)

@@ -1,0 +1,37 @@
+"""The one door between the plans and Colossal-AI: everything is imported, registered and mended here, once a
+process.
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def prepare(device_type: str) -> None:
+    """Make Colossal-AI ready for this process's device.
+
+    Args:
+        device_type: "cuda" or "cpu"; on "cpu" the host backend is installed.
+
+    Raises:
+        RuntimeError: Colossal-AI is missing or too old, or "cpu" was asked for where a CUDA device is
+            visible.
+    """
+    from commons.plans.colossal.imports import import_colossalai
+
+    import_colossalai()
+    from colossalai.zero.gemini.memory_tracer import memstats_collector
+
+    from commons.plans.colossal import adam_kernels, chunk_memory, split_gpt2, upstream_fixes
+
+    # placement auto prints "finish_collection 36" into the step lines
+    memstats_collector.print = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+    adam_kernels.register()
+    chunk_memory.install()
+    split_gpt2.register()
+    if device_type == "cpu":
+        from commons.plans.colossal import host_backend
+
+        host_backend.install()
+    upstream_fixes.apply()  # asks upstream about devices, so the device comes first

@@ -1,0 +1,1 @@
+"""What a run tells: step records, FLOPs, summaries, sinks, the console, the environment."""

@@ -1,0 +1,353 @@
+"""How a run looks on the console: header, step lines and the table at the end, as lines of text.
+
+Only the layout: nothing here writes, and nothing asks for a terminal. Every line fits into 80 columns where
+the names do; what a wide window has room for beyond that comes in as further columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from commons.reporting.record import StepRecord
+
+HEADS_EVERY_ROWS = 25  # the column heads come again, so that they never scroll far out of sight
+MAX_PLACES_SHOWN = 16
+LABEL_WIDTH = 9
+OVERFLOW = "overflow"
+ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "bold yellow"}
+
+
+# What the console's header shows, filled in by the engine. A key left out leaves its words out:
+#   model, layers, hidden, heads
+#   parameters              exact, the tied embedding once, no padding
+#   padded_parameters       with the vocabulary padded as it is computed
+#   plan, placement         placement is None where the plan has none
+#   world_size, dp, tp, pp
+#   places                  a line a rank: where it stands in the dp, tp and pp groups
+#   micro_batch_size        sequences a data-parallel rank and micro-batch
+#   grad_accum              micro-batches a step
+#   global_batch_size       sequences a step, all ranks
+#   seq_len
+#   precision, attention    the kernel
+#   activation_checkpointing    "off", "selective" or "on"
+#   cuda_graph              whether forward and backward pass are replayed
+#   peer_copies             whether ranks copy from each other's memory
+#   device, device_name     "cuda" or "cpu", and what it calls itself
+#   peak_tflops_per_device  what MFU is a share of, or None
+#   notes                   any further lines
+Header = Mapping[str, Any]
+
+
+# --- Numbers as text ------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """About `digits` significant digits, thousands in commas; "-" for what is not known."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -4:
+        return f"{value:.0e}"
+    most_decimals = digits if magnitude < 0 else digits - 1  # 0.0213 rather than 0.02130
+    return f"{value:,.{max(0, min(digits - 1 - magnitude, most_decimals))}f}"
+
+
+def whole(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 or not math.isfinite(value) else number(value, 3)
+
+
+def milliseconds(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1e3)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def joined(parts: Sequence[str]) -> str:
+    return " · ".join(part for part in parts if part)
+
+
+# --- Header ---------------------------------------------------------------------------------------
+
+
+def header_lines(header: Header, run_dir: str) -> list[Text]:
+    """The header block, with an empty line before and after it."""
+    rows = [
+        ("model", _model(header)),
+        ("", _parameters(header)),
+        ("plan", _plan(header)),
+        ("ranks", _degrees(header)),
+        *_places(header),
+        ("batch", _batch(header)),
+        ("compute", _compute(header)),
+        ("device", _device(header)),
+        ("run", run_dir),
+        *(("note", note) for note in header.get("notes", ())),
+    ]
+    lines = [
+        Text.assemble((label.ljust(LABEL_WIDTH), "cyan"), (text, "bold" if label == "model" else ""))
+        for label, text in rows
+        if text
+    ]
+    return [Text(), *lines, Text()]
+
+
+def _model(header: Header) -> str:
+    shape = [f"{header[key]:,} {key}" for key in ("layers", "hidden", "heads") if key in header]
+    return joined([header.get("model", ""), *shape])
+
+
+def _parameters(header: Header) -> str:
+    exact, padded = header.get("parameters"), header.get("padded_parameters")
+    if exact is None:
+        return ""
+    extra = "" if padded is None or padded == exact else f" ({padded:,} with the vocabulary padded)"
+    return f"{exact:,} parameters{extra}"
+
+
+def _plan(header: Header) -> str:
+    placement = header.get("placement")
+    return joined([header.get("plan", ""), f"placement {placement}" if placement else ""])
+
+
+def _degrees(header: Header) -> str:
+    if "world_size" not in header:
+        return ""
+    degrees = " × ".join(f"{name} {header.get(name, 1)}" for name in ("dp", "tp", "pp"))
+    return f"{header['world_size']} = {degrees}"
+
+
+def _places(header: Header) -> list[tuple[str, str]]:
+    places = list(header.get("places", ()))
+    more = len(places) - MAX_PLACES_SHOWN
+    shown = places[:MAX_PLACES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+    return [("", place) for place in shown]
+
+
+def _batch(header: Header) -> str:
+    micro, total, seq_len = (header.get(key) for key in ("micro_batch_size", "global_batch_size", "seq_len"))
+    accumulated = header.get("grad_accum", 1)
+    return joined(
+        [
+            f"{micro} a rank" if micro is not None else "",
+            f"{accumulated} accumulated" if accumulated > 1 else "",
+            f"{total} in all" if total is not None else "",
+            f"sequence {seq_len:,}" if seq_len is not None else "",
+            f"{total * seq_len:,} tokens a step" if total is not None and seq_len is not None else "",
+        ]
+    )
+
+
+def _compute(header: Header) -> str:
+    return joined(
+        [
+            header.get("precision", ""),
+            f"attention {header['attention']}" if "attention" in header else "",
+            f"activation checkpointing {header['activation_checkpointing']}"
+            if "activation_checkpointing" in header
+            else "",
+            "passes replayed" if header.get("cuda_graph") else "",
+            "copies between ranks" if header.get("peer_copies") else "",
+        ]
+    )
+
+
+def _device(header: Header) -> str:
+    name, ranks = header.get("device_name", ""), header.get("world_size", 1)
+    peak = header.get("peak_tflops_per_device")
+    several = ranks > 1 and header.get("device") == "cuda"  # CPU ranks share one processor
+    return joined([f"{ranks} × {name}" if several else name, f"peak {number(peak)} TFLOPS" if peak else ""])
+
+
+# --- Step lines -----------------------------------------------------------------------------------
+
+
+def _phases(record: StepRecord) -> str | None:
+    parts = (record.forward_seconds, record.backward_seconds, record.optimizer_seconds)
+    if all(part is None for part in parts):
+        return None
+    return "/".join("-" if part is None else number(part * 1e3, 3 if part < 0.01 else 1) for part in parts)
+
+
+def _at_rank(mib: float | None, rank: int | None) -> str | None:
+    if mib is None:
+        return None
+    return f"{mib:,.0f}" + ("" if rank is None else f"@{rank}")
+
+
+class Column(NamedTuple):
+    """A column of the step lines. `cell` returns None where a record has no such figure."""
+
+    title: str
+    width: int
+    importance: int  # the least important go first when the window is narrow
+    cell: Callable[[StepRecord], str | None]
+    style: str = ""
+
+
+COLUMNS = (
+    Column("loss", 7, 9, lambda r: f"{r.loss:.4f}", "bold"),
+    Column("step ms", 7, 9, lambda r: milliseconds(r.step_seconds)),
+    Column("fwd/bwd/opt", 11, 4, _phases),
+    Column("tokens/s", 8, 8, lambda r: whole(r.tokens_per_second)),
+    Column("TFLOPS", 6, 9, lambda r: number(r.model_tflops_per_device), "green"),
+    Column("hw TFLOPS", 9, 1, lambda r: number(r.hardware_tflops_per_device)),
+    Column("MFU", 5, 5, lambda r: None if r.mfu is None else percent(r.mfu), "green"),
+    Column("peak MiB", 8, 7, lambda r: _at_rank(r.device_memory_peak_mib, r.device_memory_peak_rank)),
+    Column("host MiB", 8, 3, lambda r: _at_rank(r.host_memory_mib, r.host_memory_peak_rank)),
+    Column("lr", 8, 2, lambda r: f"{r.lr:.2e}"),
+    Column("grad norm", 9, 6, lambda r: None if r.grad_norm is None else number(r.grad_norm)),
+)
+
+
+class StepLines:
+    """Lays out the step lines: which columns there are, their heads, a line a record.
+
+    Columns are chosen once and stay, until a figure that was unknown comes up or the window's width changes.
+    """
+
+    def __init__(self, total_steps: int, warmup_step: int = 0, ranks: int = 1) -> None:
+        self._total_steps, self._warmup_step, self._ranks = total_steps, warmup_step, ranks
+        self._step_width = max(4, 2 * len(str(total_steps)) + 1)
+        self._known: set[str] = set()
+        self._columns: tuple[Column, ...] = ()
+        self._width = self._gap = self._rows = self._skipped_steps = 0
+
+    def lines(self, record: StepRecord, width: int) -> list[Text]:
+        """The line of this record in at most `width` columns, and before it the heads where they are due."""
+        cells = self._cells(record)
+        known = {title for title, cell in cells.items() if cell is not None}
+        changed = width != self._width or not known <= self._known
+        if changed:
+            self._known |= known
+            self._width = width
+            self._choose_columns()
+        heads = [self._heads()] if changed or self._rows % HEADS_EVERY_ROWS == 0 else []
+        self._rows += 1
+        return [*heads, self._row(record, cells)]
+
+    def _cells(self, record: StepRecord) -> dict[str, str | None]:
+        cells = {column.title: column.cell(record) for column in COLUMNS}
+        if self._ranks == 1:  # "on rank 0" says nothing where there is no other
+            cells = {title: cell and cell.partition("@")[0] for title, cell in cells.items()}
+        if record.skipped_steps > self._skipped_steps:
+            # No update was made, and the gradients have no norm: one column says both.
+            cells["grad norm"] = OVERFLOW
+        self._skipped_steps = record.skipped_steps
+        return cells
+
+    def _choose_columns(self) -> None:
+        chosen = [column for column in COLUMNS if column.title in self._known]
+        importance = {column: column.importance for column in chosen}
+        if "peak MiB" not in self._known:  # without a device the host's memory is the memory, not an extra
+            importance = {column: 7 if column.title == "host MiB" else importance[column] for column in chosen}
+        while len(chosen) > 1 and self._width_of(chosen, gap=1) > self._width:
+            chosen.remove(min(chosen, key=importance.__getitem__))
+        self._columns = tuple(chosen)
+        self._gap = 2 if self._width_of(chosen, gap=2) <= self._width else 1
+
+    def _width_of(self, columns: Sequence[Column], gap: int) -> int:
+        return self._step_width + sum(gap + max(column.width, len(column.title)) for column in columns)
+
+    def _heads(self) -> Text:
+        titles = [column.title.rjust(max(column.width, len(column.title))) for column in self._columns]
+        return Text((" " * self._gap).join(["step".rjust(self._step_width), *titles]), style="cyan")
+
+    def _row(self, record: StepRecord, cells: Mapping[str, str | None]) -> Text:
+        warming_up = record.step <= self._warmup_step
+        step = f"{record.step}/{self._total_steps}".rjust(self._step_width)
+        line = Text(step, style="dim" if warming_up else "")
+        for column in self._columns:
+            text = cells[column.title] or "-"
+            style = ALARMS.get(text, "" if warming_up else column.style)
+            line.append(" " * self._gap)
+            line.append(text.rjust(max(column.width, len(column.title))), style=style)
+        return line
+
+
+# --- The table at the end -------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of the table at the end: a figure of StepRecord by its name in the summary."""
+
+    title: str
+    key: str
+    show: Callable[[float | None], str]
+
+
+SUMMARY_ROWS = (
+    Row("step ms", "step_seconds", milliseconds),
+    Row("forward ms", "forward_seconds", milliseconds),
+    Row("backward ms", "backward_seconds", milliseconds),
+    Row("optimizer ms", "optimizer_seconds", milliseconds),
+    Row("tokens/s, all devices", "tokens_per_second", whole),
+    Row("model TFLOPS a device", "model_tflops_per_device", number),
+    Row("hardware TFLOPS a device", "hardware_tflops_per_device", number),
+    Row("MFU", "mfu", percent),
+)
+STATISTICS = ("median", "p10", "p90")
+STATISTIC_WIDTH = 11
+FIGURE_WIDTH = max(len(row.title) for row in SUMMARY_ROWS)
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[Text]:
+    """The table of what was measured and, below it, figures of the whole run; what is not known is left out.
+
+    Args:
+        summary: what commons.reporting.record.summarize() returns.
+    """
+    heads = "".join(name.rjust(STATISTIC_WIDTH) for name in STATISTICS)
+    lines = [Text(_measured_steps(summary).ljust(FIGURE_WIDTH) + heads, style="cyan")]
+    for row in SUMMARY_ROWS:
+        statistics = summary.get(row.key) or {}
+        if statistics.get("median") is not None:
+            median, *others = (row.show(statistics[name]).rjust(STATISTIC_WIDTH) for name in STATISTICS)
+            lines.append(Text.assemble(row.title.ljust(FIGURE_WIDTH), (median, "bold"), *others))
+    figures = [
+        ("loss", _loss(summary), "bold"),
+        ("peak device memory", _peak_memory(summary, "device"), ""),
+        ("peak host memory", _peak_memory(summary, "host"), ""),
+        ("skipped for overflow", _steps_if_any(summary, "skipped_steps"), ALARMS[OVERFLOW]),
+        ("loss not finite", _steps_if_any(summary, "nonfinite_loss_steps"), ALARMS["nan"]),
+    ]
+    lines += [Text.assemble(title.ljust(FIGURE_WIDTH), "    ", (text, style)) for title, text, style in figures if text]
+    return [Text(), *lines, Text()]
+
+
+def _measured_steps(summary: Mapping[str, Any]) -> str:
+    measured, steps, warmup = (summary.get(key) for key in ("steps_measured", "steps", "warmup_step"))
+    if not steps:
+        return ""
+    if not measured:
+        return f"no step after {warmup} warm-up"
+    return f"step {steps}" if measured == 1 else f"steps {steps - measured + 1} to {steps}"
+
+
+def _loss(summary: Mapping[str, Any]) -> str:
+    first, last = summary.get("first_loss"), summary.get("last_loss")
+    if first is None and last is None:
+        return ""
+    return " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (first, last))
+
+
+def _peak_memory(summary: Mapping[str, Any], where: str) -> str:
+    mib, rank = summary.get(f"peak_{where}_memory_mib"), summary.get(f"peak_{where}_memory_rank")
+    if mib is None:
+        return ""
+    return f"{mib:,.0f} MiB" + ("" if rank is None else f" on rank {rank}")
+
+
+def _steps_if_any(summary: Mapping[str, Any], key: str) -> str:
+    count = summary.get(key) or 0
+    return f"{count} step" + ("" if count == 1 else "s") if count else ""

@@ -1,0 +1,131 @@
+"""A run's own account: its records, and a summary however it ends.
+
+Rank 0 writes it while it lives (RunLog). Where it died without a word, the launcher writes summary.json from
+metrics.jsonl (write_summary). A restarted run keeps the files of the attempts before (begin_attempt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from commons.config.schema import TrainConfig
+from commons.lifecycle.guard import Guard
+from commons.lifecycle.outcome import Ended, attempt_number
+from commons.reporting.record import StepRecord, summarize
+from commons.reporting.sinks import Sink, open_sinks, write_json
+
+if TYPE_CHECKING:
+    from commons.training.loop import Session
+
+PER_ATTEMPT = ("metrics.jsonl", "summary.json")
+
+
+class RunLog:
+    """The records of a run, on every rank; on rank 0 they go to the sinks too."""
+
+    def __init__(self, config: TrainConfig, sinks: Sequence[Sink]) -> None:
+        self.records: list[StepRecord] = []
+        self._config, self._sinks = config, sinks
+        self._reporting = threading.Lock()
+
+    def add(self, record: StepRecord) -> None:
+        self.records.append(record)
+        for sink in self._sinks:
+            sink.log(record)
+
+    def finish(self, ended: Ended) -> None:
+        """Report to every sink."""
+        if self._reporting.acquire(blocking=False):
+            summary = summary_of(self.records, self._config, ended, attempt_number())
+            for sink in self._sinks:
+                sink.report(summary)
+
+    def break_off(self, ended: Ended) -> None:
+        """Write summary.json and nothing else, unless it is being written already; from any thread."""
+        if self._sinks and self._reporting.acquire(blocking=False):
+            write_summary(self._config.run_dir, list(self.records), self._config, ended, attempt_number())
+
+
+@contextlib.contextmanager
+def open_log(session: Session, guard: Guard) -> Iterator[RunLog]:
+    """The log of a session, whose summary is written whatever happens inside: an exception, or a signal that
+    cannot wait for the step to end.
+    """
+    if session.device.rank == 0:
+        begin_attempt(session.config.run_dir, attempt_number())
+    with open_sinks(session) as sinks:
+        log = RunLog(session.config, sinks)
+        guard.last_words = log.break_off
+        try:
+            yield log
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                log.break_off(guard.why_failed(error))
+            raise
+
+
+def begin_attempt(run_dir: Path, attempt: int) -> None:
+    """Leave no file that this attempt would overwrite or be mistaken for (harmless when called again).
+
+    Of a run that is started again the last attempt's files get its number; those of another run that had the
+    same name go, as they would when the first step is logged.
+    """
+    with contextlib.suppress(OSError):
+        if attempt == 1:
+            for path in [run_dir / name for name in PER_ATTEMPT] + list(run_dir.glob("*-attempt[0-9]*.json*")):
+                path.unlink(missing_ok=True)
+        for path in (run_dir / name for name in PER_ATTEMPT if attempt > 1):
+            if path.exists():
+                path.replace(path.with_stem(f"{path.stem}-attempt{attempt - 1}"))
+
+
+def read_records(path: Path) -> list[StepRecord]:
+    """The records in a metrics.jsonl; none where there is no file. A last line that is not whole is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return []
+    return [_read_record(line) for line in lines if line.endswith("\n")]
+
+
+def _read_record(line: str) -> StepRecord:
+    values = json.loads(line)
+    for name, text in values.pop("non_finite", {}).items():
+        values[name] = float(text)
+    return StepRecord(**values)
+
+
+def summary_of(records: Sequence[StepRecord], config: TrainConfig, ended: Ended, attempt: int) -> dict[str, Any]:
+    """What summary.json holds: the statistics, and how the run ended.
+
+    Adds to commons.reporting.record.summarize(): ``ended``, how (see commons.lifecycle.outcome);
+    ``ended_because``, a sentence,
+    None where all steps are done; ``train_step``, the steps that were to be done; ``attempt``, from 1.
+    """
+    end = {"ended": ended.how, "ended_because": ended.why or None, "train_step": config.train_step}
+    return {**end, "attempt": attempt, **summarize(records, config.warmup_step)}
+
+
+def write_summary(
+    run_dir: Path, records: Sequence[StepRecord], config: TrainConfig, ended: Ended, attempt: int
+) -> None:
+    """Raises SinkError where that cannot be written."""
+    write_json(run_dir / "summary.json", summary_of(records, config, ended, attempt))
+
+
+def conclude(run_dir: Path, config: TrainConfig, ended: Ended, attempt: int, *, replace: bool) -> int:
+    """For the launcher, when all ranks have ended: summary.json from metrics.jsonl. Returns the steps done.
+
+    Args:
+        replace: rank 0 can have known less about the end than the launcher does; False: only if it left none.
+    """
+    records = read_records(run_dir / "metrics.jsonl")
+    if replace or not (run_dir / "summary.json").exists():
+        with contextlib.suppress(OSError):  # the disk that is full may be what the run ended for
+            write_summary(run_dir, records, config, ended, attempt)
+    return len(records)
