@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from commons.ops.activation_checkpointing import MODES, checkpoint_arguments
+from commons.ops.cross_entropy import IGNORED_LABEL
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 VOCAB_MULTIPLE = 128  # matmul dimensions that are multiples of 128 fill the tiles of every tensor core
 TABLE_WIDTH = 110  # columns of the printed table
-IGNORED_LABEL = -100  # what torch's cross_entropy leaves out by default
 # name here -> transformers' attn_implementation
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "sdpa"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import device
 from commons.doctor import explain_uncaught
@@ -20,7 +21,7 @@ from commons.reporting.run_log import open_log
 
 def main(argv: list[str]) -> None:
     with on_duty() as guard:  # signals and errors end the run in order from here on
-        config = TrainConfig.from_cli(argv)
+        config = read_config(argv)
         quiet_libraries()
         guard.beat("join")
         guard.timeout_seconds = config.timeout
@@ -38,7 +39,7 @@ def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
         config = with_known_norms(config)
     guard.beat("build")
     session = build_session(config, here)
-    with open_log(session, guard) as log:
+    with open_log(config, session.header(), guard) as log:
         for record in train_steps(session, guard):
             log.add(record)
         log.finish(guard.ended)

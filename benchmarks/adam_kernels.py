@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.reporting.environment import describe_environment
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("adam_kernels.json"))
     arguments, training_flags = parser.parse_known_args()
-    config = TrainConfig.from_cli(["--distplan", "CAI_Gemini", *training_flags])
+    config = read_config(["--distplan", "CAI_Gemini", *training_flags])
     here = device.launch(config.device, config.timeout)
 
     from commons.training.loop import build_session, train_steps
@@ -64,7 +66,7 @@ def main() -> None:
         if not measure_memory and record.optimizer_seconds is not None:
             times[name].append(record.optimizer_seconds * 1000)
     report(arguments.out, config, times, meters, describe_environment(here.name))
-    device.teardown()
+    leaving.teardown()
 
 
 def upstream_adam() -> Callable:

@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.parity_cases import CASES, COMMON, COMMON_OF_GEMINI, Case, Claim, claims, skips_as_it_must, why_not
-from commons.reporting.environment import SUITE_ROOT, describe_environment, python_path
+from commons.lifecycle.suite_root import SUITE_ROOT, python_path
+from commons.reporting.environment import describe_environment
 
 START_SECONDS = 120  # of the ranks, with everything imported
 CASE_SECONDS = 90  # at most, with compilation

@@ -31,8 +31,10 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.parity_cases import POISONED_STEP, Case
+from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.reporting.record import StepRecord
 from commons.training import parity
 from commons.training.loop import Session, build_session, train_steps
@@ -81,7 +83,7 @@ class Worker:
     def run(self, case: Case, number: int) -> dict | None:
         """Train one configuration (collective); on rank 0 everything measured about it."""
         words = f"{case.all_flags} --device {self.job.device} {self.job.flags}"
-        config = parity.with_known_norms(TrainConfig.from_cli(shlex.split(words)))
+        config = parity.with_known_norms(read_config(shlex.split(words)))
         self.session = session = build_session(config, self.here)
         if case.scale_grows:
             double_the_scale_every_step(session)
@@ -377,7 +379,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
             dist.barrier()  # nobody takes its process groups down while another one still uses them
             worker.session = None
             _forget()
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 def _forget() -> None:

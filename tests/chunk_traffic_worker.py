@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.parity_cases import COMMON_OF_GEMINI
-from commons.config.schema import TrainConfig
+from commons.cli.flags import read_config
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.training.loop import build_session, train_steps
 
 STEPS = 3
@@ -18,7 +19,7 @@ FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--run_name", "unused
 
 def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
     """Gemini's chunks, and what one step moved: gathers, reductions and chunk moves by where they went."""
-    config = TrainConfig.from_cli([*FLAGS, *flags])
+    config = read_config([*FLAGS, *flags])
     session = build_session(config, here)
     from colossalai.zero.gemini.chunk import Chunk
 
@@ -86,7 +87,7 @@ def main() -> None:
     chunks, kept = count_traffic(here, "--shard_param_frac", "0")
     print("all kept:", dict(kept))
     assert kept["gathers"] == len(chunks), "each chunk is gathered once a step and kept for the backward pass"
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from commons.config.schema import TrainConfig
+from commons.cli.flags import read_config
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.model import compile as compiling
 from commons.training.loop import build_session, train_steps
 
@@ -47,7 +48,7 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 2e-4, "bf16": 1e-3}
 
 
 def losses(here: device.Device, flags: str, compile: str) -> list[float]:
-    config = TrainConfig.from_cli([*FLAGS, *flags.split(), "--compile", compile])
+    config = read_config([*FLAGS, *flags.split(), "--compile", compile])
     torch.manual_seed(here.rank)
     session = build_session(config, here)
     torch.manual_seed(here.rank)  # of dropout
@@ -77,7 +78,7 @@ def main() -> None:
         tolerance = next((value for name, value in TOLERANCES.items() if name in flags), TOLERANCES["bf16"])
         assert max(abs(one - other) for one, other in zip(eager, compiled, strict=True)) < tolerance, flags
         assert graphs == GRAPHS and not breaks, flags
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 if __name__ == "__main__":

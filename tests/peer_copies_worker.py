@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import device, peer_copies
 from commons.distributed import peer_memory as peers
 from commons.distributed.peer_copies import Flag, PeerCopies, find_peers
 from commons.distributed.peer_memory import HostPeers
+from commons.lifecycle import leaving
 from commons.lifecycle.outcome import RunError
 from commons.plans.colossal.runtime import prepare
 from commons.training.loop import build_session, train_steps
@@ -220,7 +222,7 @@ def check_training(here: device.Device) -> None:
         group, slow = dist.group.WORLD, "slow" in name
         peer_copies.peers_of = lambda _, group=group, slow=slow: UnevenPeers(group, slow=slow)  # pyright: ignore
         for choice in ("on", "off"):
-            config = TrainConfig.from_cli([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
+            config = read_config([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
             session: Any = build_session(config, here)
             assert session.header()["peer_copies"] == (choice == "on")
             with torch.no_grad():  # before the first step, which tells Gemini the order of its chunks
@@ -390,7 +392,7 @@ def main() -> None:
             check_copies(here, dtype, replicated=True)
         check_files(here)
         check_agreement(here)
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 if __name__ == "__main__":

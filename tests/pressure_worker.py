@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.parity_cases import COMMON
-from commons.config.schema import TrainConfig
+from commons.cli.flags import read_config
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.plans.colossal.runtime import prepare
 from commons.training.loop import build_session, train_steps
 
@@ -31,7 +32,7 @@ def train(here: device.Device, flags: str) -> tuple[list[tuple[float, float | No
     """Each step's loss and gradient norm, and the share of the parameters' bytes that is on the host after each
     forward pass.
     """
-    session = build_session(TrainConfig.from_cli(f"{FLAGS} {flags}".split()), here)
+    session = build_session(read_config(f"{FLAGS} {flags}".split()), here)
     trainable: Any = session.trainable
     chunks, backward, shares = trainable.optimizer.chunk16_set, trainable.backward, []
     whole = sum(chunk.chunk_mem for chunk in chunks)
@@ -78,7 +79,7 @@ def main() -> None:
     boosted.blocks_first = lambda model: None
     check(here, "--clip_grad_norm 0.3", batches=1)
     check(here, "--clip_grad_norm 0.3 --grad_accum 2", batches=2)
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 if __name__ == "__main__":

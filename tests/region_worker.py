@@ -13,8 +13,9 @@ from torch.nn import functional
 
 import commons.model.gpt2
 import model_zoo
-from commons.config.schema import TrainConfig
+from commons.cli.flags import read_config
 from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.training.loop import build_session, train_steps
 
 STEPS = 3
@@ -59,7 +60,7 @@ def written_out_loss(hidden: Any, weight: Any, tokens: Any, vocab: int, kernel: 
 
 
 def train(here: device.Device, flags: str, hooks: str) -> tuple[Any, list[tuple[float, float | None]]]:
-    config = TrainConfig.from_cli([*FLAGS, *flags.split(), "--gemini_hooks", hooks])
+    config = read_config([*FLAGS, *flags.split(), "--gemini_hooks", hooks])
     session = build_session(config, here)
     torch.manual_seed(here.rank)  # of dropout
     return session, [(record.loss, record.grad_norm) for record in train_steps(session)]
@@ -173,7 +174,7 @@ def main() -> None:
     for check in checks:
         print(check.__name__, flush=True)
         check(here)
-    device.leave(0)  # the interpreter's own end can abort a process that is done and well
+    leaving.leave(0)  # the interpreter's own end can abort a process that is done and well
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commons.lifecycle.outcome import STOP_SIGNALS
-from commons.reporting.environment import python_path
+from commons.lifecycle.suite_root import python_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_SECONDS = 240

@@ -15,6 +15,7 @@ import pytest
 import suite_runs
 import torch
 
+from commons.config import auto
 from commons.config.schema import TrainConfig
 from commons.model import compile as compiling
 from commons.model.gpt2 import gpt2_functions
@@ -131,23 +132,23 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(capsys):
 
 def test_auto_compiles_on_gpus_that_can(monkeypatch):
     config = TrainConfig()
-    monkeypatch.setattr(compiling, "compile_problem", lambda device_type: None)
-    assert compiling.wants_compile(config, "cuda") and not compiling.wants_compile(config, "cpu")
-    assert not compiling.wants_compile(TrainConfig(tp_degree=2), "cuda")
-    assert compiling.wants_compile(TrainConfig(compile="on"), "cpu")
-    assert not compiling.wants_compile(TrainConfig(compile="off"), "cuda")
-    monkeypatch.setattr(compiling, "compile_problem", lambda device_type: "no compiler")
-    assert not compiling.wants_compile(config, "cuda")
+    monkeypatch.setattr(auto, "compile_problem", lambda device_type: None)
+    assert auto.wants_compile(config, "cuda") and not compiling.wants_compile(config, "cpu")
+    assert not auto.wants_compile(TrainConfig(tp_degree=2), "cuda")
+    assert auto.wants_compile(TrainConfig(compile="on"), "cpu")
+    assert not auto.wants_compile(TrainConfig(compile="off"), "cuda")
+    monkeypatch.setattr(auto, "compile_problem", lambda device_type: "no compiler")
+    assert not auto.wants_compile(config, "cuda")
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(compiling, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(auto, "find_spec", lambda name: types.SimpleNamespace())
     for device_type, variable in (("cpu", "CXX"), ("cuda", "CC")):
-        problem = compiling.compile_problem(device_type)
+        problem = auto.compile_problem(device_type)
         assert problem is not None and variable in problem
-    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
-    assert "triton" in str(compiling.compile_problem("cuda"))
+    monkeypatch.setattr(auto, "find_spec", lambda name: None)
+    assert "triton" in str(auto.compile_problem("cuda"))
 
 
 def test_cache_is_kept_where_the_user_wants_it_else_at_home(monkeypatch, tmp_path):

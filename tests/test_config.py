@@ -419,7 +419,7 @@ MANY_MISTAKES = [
 
 
 def command_line(*argv: str, folder: Path, rank: str | None = None) -> subprocess.CompletedProcess:
-    code = "import sys; from commons.config.schema import TrainConfig; print(TrainConfig.from_cli(sys.argv[1:]))"
+    code = "import sys; from commons.cli.flags import read_config; print(read_config(sys.argv[1:]))"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     environ.pop("RANK", None)
     if rank is not None:

@@ -36,7 +36,7 @@ from commons.training.loop import build_session, train_steps
 here = device.launch("cpu", 60)
 flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
          "--batch_size", "2", "--seq_len", "256", "--precision", "fp32", "--train_step", "8", "--warmup_step", "1"]
-steps = train_steps(build_session(TrainConfig.from_cli(flags), here))
+steps = train_steps(build_session(read_config(flags), here))
 next(steps)
 shares = []
 for _ in range(7):

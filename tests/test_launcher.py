@@ -29,7 +29,7 @@ from commons.launch.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, 
 from commons.launch.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
 from commons.launch.stop_signals import StopSignals
 from commons.lifecycle.outcome import STOP_SIGNALS
-from commons.reporting.environment import python_path
+from commons.lifecycle.suite_root import python_path
 
 LAUNCH = (
     "import sys; from pathlib import Path; from commons.launch.launcher import main;"

@@ -11,13 +11,13 @@ import torch
 from suite_runs import FinishedRun, launch, torchrun
 
 from commons.cli import checks
+from commons.config.auto import graph_problems, peer_problems
 from commons.config.schema import TrainConfig
 from commons.distributed import peer_copies
 from commons.distributed.device import Device
-from commons.distributed.peer_copies import find_peers, mean_of, peer_problems
+from commons.distributed.peer_copies import find_peers, mean_of
 from commons.distributed.peer_memory import HostPeers
 from commons.lifecycle.outcome import RunError
-from commons.model.cuda_graph import graph_problems
 from commons.plans.registry import PLANS
 
 WORKER = Path(__file__).with_name("peer_copies_worker.py")

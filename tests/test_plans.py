@@ -12,7 +12,7 @@ import pytest
 import torch
 from suite_runs import FinishedRun, launch, torchrun
 
-from commons.config.schema import TrainConfig
+from commons.cli.flags import read_config
 from commons.plans.registry import PLANS
 from commons.training.parity import Bound, reference_steps
 
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
 @functools.cache
 def reference(device: str, ranks: int, precision: str) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of plain transformers and torch in one process in fp32, on all ranks' batches."""
-    config = TrainConfig.from_cli([*FLAGS, "--precision", precision, "--distplan", "Pytorch_DDP", "--device", device])
+    config = read_config([*FLAGS, "--precision", precision, "--distplan", "Pytorch_DDP", "--device", device])
     steps, _ = reference_steps(config, ranks, torch.device(device))
     return [step.loss for step in steps], [step.grad_norm for step in steps]
 

@@ -18,7 +18,6 @@ import sys
 import termios
 import textwrap
 import time
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -388,16 +387,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session: Any = types.SimpleNamespace(
-        config=Config(log_dir=str(tmp_path)), device=types.SimpleNamespace(rank=0), header=lambda: HEADER
-    )
-    with open_sinks(session) as sinks:
+    config = Config(log_dir=str(tmp_path))
+    with open_sinks(config, HEADER, 0) as sinks:
         for sink in sinks:
             sink.log(GPU_RECORD)
         for sink in sinks:
             sink.report({"steps": 1})
     run_dir = tmp_path / "run"
-    assert strict_json((run_dir / "config.json").read_text()) == dataclasses.asdict(session.config)
+    assert strict_json((run_dir / "config.json").read_text()) == dataclasses.asdict(config)
     assert strict_json((run_dir / "env.json").read_text())["device_name"] == "NVIDIA H200"
     assert strict_json((run_dir / "metrics.jsonl").read_text()) == dataclasses.asdict(GPU_RECORD)
     assert strict_json((run_dir / "summary.json").read_text()) == {"steps": 1}
@@ -421,10 +418,8 @@ def test_a_reader_of_the_summary_sees_the_old_or_the_new(tmp_path: Path) -> None
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session: Any = types.SimpleNamespace(
-        config=Config(log_dir=str(tmp_path)), device=types.SimpleNamespace(rank=1), header=lambda: HEADER
-    )
-    with open_sinks(session) as sinks:
+    config = Config(log_dir=str(tmp_path))
+    with open_sinks(config, HEADER, 1) as sinks:
         assert sinks == []
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 

@@ -12,8 +12,9 @@ import torch
 from suite_runs import launch, run_processes
 
 from benchmarks import trace
+from commons.config.auto import EAGER_STEPS, graph_problems, wants_graph
 from commons.config.schema import TrainConfig
-from commons.model.cuda_graph import EAGER_STEPS, StepGraph, graph_problems, has_room, wants_graph
+from commons.model.cuda_graph import StepGraph, has_room
 from commons.plans.colossal import boosted
 from commons.training.tracing import TRACE_FILE
 
@@ -56,7 +57,7 @@ def test_the_recording_is_no_step_that_counts():
 
 
 def test_auto_records_where_blocks_are_compiled(monkeypatch):
-    monkeypatch.setattr("commons.model.compile.wants_compile", lambda config, device_type: config.compile != "off")
+    monkeypatch.setattr("commons.config.auto.wants_compile", lambda config, device_type: config.compile != "off")
     assert wants_graph(TrainConfig(), **ONE_GPU)
     assert not wants_graph(TrainConfig(compile="off"), **ONE_GPU)
     assert wants_graph(TrainConfig(compile="off", cuda_graph="on"), **ONE_GPU)

@@ -517,7 +517,7 @@ def _smaller_degrees(job: Job, ranks: int) -> str:
 
 def _compile(job: Job) -> Iterator[str]:
     """What ``--compile on`` cannot do; "auto" leaves it out by itself."""
-    from commons.model.compile import compile_problem
+    from commons.config.auto import compile_problem
 
     config = job.config
     if config.compile != "on":
@@ -540,7 +540,7 @@ def _cuda_graph(job: Job) -> Iterator[str]:
     """What ``--cuda_graph on`` cannot do; "auto" leaves it out by itself."""
     if job.config.cuda_graph != "on":
         return
-    from commons.model.cuda_graph import graph_problems
+    from commons.config.auto import graph_problems
 
     copies = job.config.peer_copies != "off" and not any(_without_peer_copies(job))
     for problem in graph_problems(job.config, job.device_type, job.world_size, copies):
@@ -555,7 +555,7 @@ def _peer_copies(job: Job) -> Iterator[str]:
 
 
 def _without_peer_copies(job: Job) -> Iterator[str]:
-    from commons.distributed.peer_copies import peer_problems
+    from commons.config.auto import peer_problems
 
     return peer_problems(job.config, job.world_size, job.local_world_size)
 

@@ -199,8 +199,13 @@ def report(found: Sequence[str], file: TextIO | None = None) -> None:
     print("\n".join([*lines, "All flags are explained by --help."]), file=file or sys.stderr, flush=True)
 
 
-def read_rank_command_line(argv: Sequence[str]) -> TrainConfig:
-    """What TrainConfig.from_cli does, see there."""
+def read_config(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line of one rank (or of a plain ``python``): resolved and checked.
+
+    Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help`` exits
+    with 0. ``run_name`` is None when it was not given, since all ranks must agree on it: see
+    :meth:`TrainConfig.named`.
+    """
     speaks = os.environ.get("RANK", "0") == "0"
     if wants_help(argv):
         if speaks:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -251,18 +250,6 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
 
     None means: not chosen yet, :meth:`resolve` does that.
     """
-
-    @classmethod
-    def from_cli(cls, argv: Sequence[str]) -> TrainConfig:
-        """Read the command line of one rank (or of a plain ``python``): resolved and checked.
-
-        Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2.
-        ``--help`` exits with 0. ``run_name`` is None when it was not given, since all ranks must agree on it:
-        see :meth:`named`.
-        """
-        from commons.cli.flags import read_rank_command_line
-
-        return read_rank_command_line(argv)
 
     def resolve(self, device_type: str) -> TrainConfig:
         """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Only ``run_name`` stays None.

@@ -1,1 +1,5 @@
-"""Batches of tokens."""
+"""Batches of tokens.
+
+May import: lifecycle.
+May not: every other room.
+"""

@@ -34,16 +34,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from commons.config.auto import compile_problem, peer_problems
 from commons.distributed.peer_memory import GpuPeers, HostPeers, Peers
+from commons.lifecycle.notices import say
 from commons.lifecycle.outcome import RunError
-from commons.model.compile import compile_problem, say
 
 if TYPE_CHECKING:
     from commons.config.schema import TrainConfig
@@ -187,27 +187,6 @@ def _has_kernels() -> bool:
     from commons.ops.triton_kernels import fits
 
     return fits()
-
-
-def chunk_problems(config: TrainConfig) -> Iterator[str]:
-    """Where Gemini's chunks are not gathered by a region's hooks, or do not stay on the device, one reason each."""
-    offload = config.offload_optim_frac or config.offload_param_frac
-    rules = (
-        (config.gemini_hooks == "operation", "under --gemini_hooks operation"),
-        (config.tp_degree > 1, "under --tp_degree, whose collectives are inside of blocks"),
-        (config.placement not in ("static", "cuda"), f"under --placement {config.placement}, which moves chunks"),
-        (offload, "under --offload_optim_frac and --offload_param_frac, which move chunks"),
-    )
-    return (text for applies, text in rules if applies)
-
-
-def peer_problems(config: TrainConfig, world_size: int, local_world_size: int) -> Iterator[str]:
-    """Where nothing can be gathered by copies, one reason each."""
-    yield from chunk_problems(config)
-    if config.data_parallel_size(world_size) == 1:
-        yield "on one data-parallel rank, which has everything itself"
-    if world_size > local_world_size:
-        yield "between the memories of several machines"
 
 
 def find_peers(config: TrainConfig, device: Device) -> Peers | None:

@@ -15,7 +15,7 @@ import traceback
 from types import TracebackType
 
 from commons.doctor.diagnosis import matching_symptoms
-from commons.reporting.environment import python_path
+from commons.lifecycle.suite_root import python_path
 
 EXPLAIN_SECONDS = 40.0  # torch may have to be imported, on a machine that is in trouble
 LONGEST_MESSAGE = 4000

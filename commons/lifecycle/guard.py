@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from commons.distributed import device
+from commons.lifecycle import leaving
 from commons.lifecycle.heartbeat import MOST_MARGIN_SECONDS, Pulse, patience_seconds
 from commons.lifecycle.outcome import (
     FAILURE,
@@ -100,13 +100,13 @@ class Guard:
         """End this rank as ``ended`` says (collective)."""
         self.beat("end")
         if self.ended.exit_code == 0:
-            device.leave(0)
+            leaving.leave(0)
         self._hurry()
         if self.rank == 0:
             self._say_unless_watched(self.ended.why)
         leave_note(self.ended)
         # a rank that is gone ends the others: none may go before rank 0 has written everything
-        device.leave_together(self.ended.exit_code)
+        leaving.leave_together(self.ended.exit_code)
 
     def why_failed(self, error: BaseException) -> Ended:
         """How the run ends with ``error``: after a signal an error is only its consequence."""
@@ -121,7 +121,7 @@ class Guard:
             self._say_unless_watched(str(error))
             leave_note(Ended("failed", str(error)))
             os._exit(FAILURE)
-        if device.is_loss_of_a_peer(error):
+        if leaving.is_loss_of_a_peer(error):
             # the peer's own end is the one to be told of: this one was only waiting for it
             self._heard.wait(PEER_SECONDS)
         if self.signum:

@@ -9,15 +9,15 @@ hooks.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
+
+from commons.config.auto import wants_compile
+from commons.lifecycle.notices import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,34 +25,10 @@ if TYPE_CHECKING:
     from commons.config.schema import TrainConfig
     from commons.model.gpt2 import GPT2Functions
 
-# Triton compiles its launchers with a C compiler, inductor its CPU kernels with a C++ one: variable, usual names
-COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # Norms, activations and losses are tried in several tile sizes on the device: some ten seconds more in the first
 # compilation for 2 ms of a gpt2_xl step, whose width of 1600 the compiler's guess does not suit (benchmarks/NOTES.md)
 INDUCTOR_OPTIONS: dict[str, Any] = {"max_autotune_pointwise": True}
-
-
-def compile_problem(device_type: str) -> str | None:
-    """Why nothing can be compiled for "cuda" or "cpu" on this machine, and what to do; None where it can."""
-    if device_type == "cuda" and find_spec("triton") is None:
-        return "the package triton is missing (pip install triton)"
-    variable, names = COMPILERS[device_type]
-    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
-        return f"none of the compilers {', '.join(names)} was found (install one, or name yours in {variable})"
-    return None
-
-
-def wants_compile(config: TrainConfig, device_type: str) -> bool:
-    """Whether ``--compile`` asks for it here; "auto" is on for GPUs that it can work for."""
-    if config.compile == "auto":
-        return device_type == "cuda" and config.model_parallel_size == 1 and compile_problem(device_type) is None
-    return config.compile == "on"
-
-
-def wants_functions(config: TrainConfig, device_type: str) -> bool:
-    """Whether the model runs as functions of tensors: to be compiled, or since only they know fp8."""
-    return wants_compile(config, device_type) or config.precision == "fp8"
 
 
 def functions_for(config: TrainConfig, device_type: str, backend: str | Callable = "inductor") -> GPT2Functions:
@@ -102,12 +78,6 @@ def keep_cache() -> None:
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ[CACHE_VARIABLE] = str(caches / "gemini-gpt2" / "inductor")
-
-
-def say(line: str) -> None:
-    """Tell the user, once a job."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 class CompiledFunction:

@@ -17,48 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commons.distributed.peer_copies import chunk_problems
-
 if TYPE_CHECKING:
-    from commons.config.schema import TrainConfig
+    pass
 
-# The first is Gemini's warm-up and fills the libraries' caches. Few enough that the recording itself is among the
-# steps that the medians leave out.
-EAGER_STEPS = 1
 # What a recording needs beyond a step that was launched: workspaces of its own stream, and memory in other pieces.
 SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
-
-
-def graph_problems(
-    config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False
-) -> tuple[str, ...]:
-    """Where the passes cannot be recorded, one reason each. ``peer_copies``: ranks copy from each other's memory."""
-    several = config.data_parallel_size(world_size) > 1
-    rules = (
-        (device_type != "cuda", "on a CPU"),
-        (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
-        (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
-        # freed beside the computing stream, which a recording does only at its end; what is replicated is never freed
-        (
-            several and config.max_prefetch == 0 and config.shard_param_frac != 0,
-            "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",
-        ),
-        (config.precision == "fp16", "in fp16, which looks for infinities"),
-        (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
-        (config.dropout > 0, "under --dropout"),
-        (config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
-    )
-    return (*(text for applies, text in rules if applies), *chunk_problems(config))
-
-
-def wants_graph(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> bool:
-    """Whether ``--cuda_graph`` asks for it here; "auto" wherever it is possible and blocks are compiled."""
-    from commons.model.compile import wants_compile
-
-    if config.cuda_graph == "auto":
-        problems = graph_problems(config, device_type, world_size, peer_copies)
-        return wants_compile(config, device_type) and not problems
-    return config.cuda_graph == "on"
 
 
 def has_room(step_bytes: int) -> bool:

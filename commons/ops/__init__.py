@@ -1,1 +1,5 @@
-"""Operators of GPT-2: losses, norms, feed-forward layers, fp8, recomputation, and their GPU kernels."""
+"""Operators of GPT-2: losses, norms, feed-forward layers, fp8, recomputation, and their GPU kernels.
+
+May import: lifecycle.
+May not: every other room.
+"""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from model_zoo import IGNORED_LABEL
+IGNORED_LABEL = -100  # what torch's cross_entropy leaves out by default
 
 # logits a piece: 512 MiB in bf16; 4 pieces of 4096 tokens for GPT-2's vocabulary and 16 x 1024 tokens. Large
 # enough for matrix products at full speed, and few enough that adding up the weight's gradient costs little.

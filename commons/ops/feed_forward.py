@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from commons.model.compile import say
+from commons.lifecycle.notices import say
 from commons.ops.cublaslt import CublasLtError, Epilogue, Product, alignment, library
 
 OPERATORS = torch.library.Library("gemini_gpt2", "DEF")

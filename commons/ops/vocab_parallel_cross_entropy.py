@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from model_zoo import IGNORED_LABEL
+from commons.ops.cross_entropy import IGNORED_LABEL
 
 # fp32 numbers a piece: 256 MiB
 PIECE_ELEMENTS = 2**26

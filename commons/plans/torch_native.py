@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commons.config.auto import wants_functions
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device, compute_dtype
-from commons.model.compile import functions_for, run_as_functions, wants_functions
+from commons.model.compile import functions_for, run_as_functions
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.plans.trainable import Update
 from model_zoo import build_model

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-SUITE_ROOT = Path(__file__).resolve().parents[2]
+from commons.lifecycle.suite_root import SUITE_ROOT
 
 # The packages whose version can change a number or a crash.
 PACKAGES = ("torch", "colossalai", "transformers", "numpy", "safetensors", "rich", "psutil", "einops")
@@ -78,13 +78,6 @@ def describe_environment(
         "host_memory_mib": _host_memory_mib,
     }
     return {name: _or_none(question) for name, question in questions.items()}
-
-
-def python_path(environ: Mapping[str, str]) -> str:
-    """PYTHONPATH for a child process: the suite, and behind it what the variable has already, as packages may lie
-    there.
-    """
-    return os.pathsep.join([str(SUITE_ROOT), *filter(None, [environ.get("PYTHONPATH")])])
 
 
 def relevant_variables(environ: Mapping[str, str]) -> dict[str, str]:

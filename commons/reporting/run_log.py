@@ -11,16 +11,14 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from commons.config.schema import TrainConfig
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended, attempt_number
+from commons.reporting.console_layout import Header
 from commons.reporting.record import StepRecord, summarize
 from commons.reporting.sinks import Sink, open_sinks, write_json
-
-if TYPE_CHECKING:
-    from commons.training.loop import Session
 
 PER_ATTEMPT = ("metrics.jsonl", "summary.json")
 
@@ -52,14 +50,14 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def open_log(session: Session, guard: Guard) -> Iterator[RunLog]:
-    """The log of a session, whose summary is written whatever happens inside: an exception, or a signal that
-    cannot wait for the step to end.
+def open_log(config: TrainConfig, header: Header, guard: Guard) -> Iterator[RunLog]:
+    """The log of a run on the guard's rank, whose summary is written whatever happens inside: an exception, or a signal
+    that cannot wait for the step to end.
     """
-    if session.device.rank == 0:
-        begin_attempt(session.config.run_dir, attempt_number())
-    with open_sinks(session) as sinks:
-        log = RunLog(session.config, sinks)
+    if guard.rank == 0:
+        begin_attempt(config.run_dir, attempt_number())
+    with open_sinks(config, header, guard.rank) as sinks:
+        log = RunLog(config, sinks)
         guard.last_words = log.break_off
         try:
             yield log

@@ -35,7 +35,6 @@ from commons.reporting.environment import describe_environment
 
 if TYPE_CHECKING:
     from commons.reporting.record import StepRecord
-    from commons.training.loop import Session
 
 PLAIN_WIDTH = 120  # columns of text in a pipe or a file, where no window says how many there are
 CONSOLE = "the console (standard output)"
@@ -367,12 +366,12 @@ def make_sinks(run_dir: str | Path, config: Any, header: Header) -> list[Sink]:
 
 
 @contextlib.contextmanager
-def open_sinks(session: Session) -> Iterator[list[Sink]]:
-    """The sinks of a session, closed at the end of the block; none on ranks other than 0."""
-    if session.device.rank != 0:
+def open_sinks(config: Any, header: Header, rank: int) -> Iterator[list[Sink]]:
+    """The sinks of a run (see make_sinks), closed at the end of the block; none on ranks other than 0."""
+    if rank != 0:
         yield []
         return
-    sinks = make_sinks(session.config.run_dir, session.config, session.header())
+    sinks = make_sinks(config.run_dir, config, header)
     with contextlib.ExitStack() as closing:
         for sink in sinks:
             closing.callback(sink.close)

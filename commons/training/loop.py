@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from commons.config.auto import wants_graph
 from commons.config.schema import TrainConfig
 from commons.data.random_tokens import DrawnAhead, random_tokens
 from commons.distributed.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
 from commons.distributed.layout import Place, place
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended, attempt_number, attempts_allowed
-from commons.model.cuda_graph import wants_graph
 from commons.model.gpt2 import attention_backend
 from commons.plans.registry import PLANS, Plan
 from commons.plans.trainable import PipelinedTrainable, Trainable, Update

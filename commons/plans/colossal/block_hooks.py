@@ -25,8 +25,10 @@ from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from torch import nn
 
+from commons.config.auto import wants_compile
 from commons.config.schema import TrainConfig
-from commons.model.compile import CompiledFunction, announced, functions_for, say, wants_compile
+from commons.lifecycle.notices import say
+from commons.model.compile import CompiledFunction, announced, functions_for
 from commons.model.cuda_graph import join
 from commons.model.gpt2 import (
     BLOCK_PARAMETERS,

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from commons.config.auto import EAGER_STEPS, wants_compile, wants_functions, wants_graph
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device, compute_dtype, every_rank
 from commons.distributed.layout import Place, check_mesh
 from commons.distributed.peer_copies import find_peers
-from commons.model.compile import functions_for, run_as_functions, say, wants_compile, wants_functions
-from commons.model.cuda_graph import EAGER_STEPS, StepGraph, has_room, join, wants_graph
+from commons.lifecycle.notices import say
+from commons.model.compile import functions_for, run_as_functions
+from commons.model.cuda_graph import StepGraph, has_room, join
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.plans.colossal.chunks import blocks_first, chunk_configuration
 from commons.plans.colossal.runtime import prepare

@@ -18,7 +18,8 @@ import torch
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
-from commons.distributed.peer_copies import PeerCopies, Peers
+from commons.distributed.peer_copies import PeerCopies
+from commons.distributed.peer_memory import Peers
 
 
 def share_parts(gemini: GeminiDDP, peers: Peers, replicated: bool) -> PeerCopies:
