@@ -32,8 +32,9 @@ def main(argv: list[str]) -> None:
 
 def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
     """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
-    from commons.training.loop import build_session, train_steps
+    from commons.training.loop import train_steps
     from commons.training.parity import check_parity, with_known_norms
+    from commons.training.session import build_session
 
     if config.check_parity:
         config = with_known_norms(config)

@@ -23,6 +23,7 @@ from commons.config.schema import TrainConfig
 from commons.distributed import device
 from commons.lifecycle import leaving
 from commons.reporting.environment import describe_environment
+from commons.training.clock import MIB
 
 
 class Meter:
@@ -37,7 +38,7 @@ class Meter:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self._kernel(*args)
-        self.extra_mib.append((torch.cuda.max_memory_allocated() - before) / device.MIB)
+        self.extra_mib.append((torch.cuda.max_memory_allocated() - before) / MIB)
 
 
 def main() -> None:
@@ -47,7 +48,8 @@ def main() -> None:
     config = read_config(["--distplan", "CAI_Gemini", *training_flags])
     here = device.launch(config.device, config.timeout)
 
-    from commons.training.loop import build_session, train_steps
+    from commons.training.loop import train_steps
+    from commons.training.session import build_session
 
     session = build_session(config, here)
     from commons.plans.colossal.adam_kernels import CompiledAdam, fused_adam

@@ -37,7 +37,8 @@ from commons.distributed import device
 from commons.lifecycle import leaving
 from commons.reporting.record import StepRecord
 from commons.training import parity
-from commons.training.loop import Session, build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import Session, build_session
 
 COLLECTIVE_SECONDS = 120.0  # what a rank may wait for another one that compiles
 OPTIMIZER_FILE = "optimizer.pt"

@@ -11,7 +11,8 @@ from benchmarks.parity_cases import COMMON_OF_GEMINI
 from commons.cli.flags import read_config
 from commons.distributed import device
 from commons.lifecycle import leaving
-from commons.training.loop import build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 
 STEPS = 3
 FLAGS = ["--train_step", str(STEPS), "--warmup_step", "1", "--run_name", "unused", *COMMON_OF_GEMINI.split()]

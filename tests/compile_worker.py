@@ -14,7 +14,8 @@ from commons.cli.flags import read_config
 from commons.distributed import device
 from commons.lifecycle import leaving
 from commons.model import compile as compiling
-from commons.training.loop import build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 
 STEPS = 3
 FLAGS = [

@@ -28,7 +28,8 @@ from commons.distributed.peer_memory import HostPeers
 from commons.lifecycle import leaving
 from commons.lifecycle.outcome import RunError
 from commons.plans.colossal.runtime import prepare
-from commons.training.loop import build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 
 HANGS_SECONDS = 200  # after which every rank shows where it is, and ends
 FILES = "gemini-gpt2-"  # what the names of those begin with that ranks share memory through
@@ -224,7 +225,7 @@ def check_training(here: device.Device) -> None:
         for choice in ("on", "off"):
             config = read_config([*COMMON.split(), *flags.split(), "--peer_copies", choice]).resolve("cpu")
             session: Any = build_session(config, here)
-            assert session.header()["peer_copies"] == (choice == "on")
+            assert session.header().peer_copies == (choice == "on")
             with torch.no_grad():  # before the first step, which tells Gemini the order of its chunks
                 early = session.trainable.forward(torch.arange(64).view(1, 64)).item()
             averages.after.clear()

@@ -13,7 +13,8 @@ from commons.cli.flags import read_config
 from commons.distributed import device
 from commons.lifecycle import leaving
 from commons.plans.colossal.runtime import prepare
-from commons.training.loop import build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 
 # 16 blocks and two more chunks, 1.8 MB in all, so that there is something to choose from
 FLAGS = f"{COMMON} --num_layers 16 --blocks_per_chunk 1 --device cpu"

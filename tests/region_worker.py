@@ -16,7 +16,8 @@ import model_zoo
 from commons.cli.flags import read_config
 from commons.distributed import device
 from commons.lifecycle import leaving
-from commons.training.loop import build_session, train_steps
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 
 STEPS = 3
 FLAGS = [

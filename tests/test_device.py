@@ -11,7 +11,8 @@ import torch
 from suite_runs import run_processes
 
 from commons.data.random_tokens import random_tokens
-from commons.distributed.device import MIB, Device, PhaseClock, detect_type, free_port, measured_peak_flops, memory_use
+from commons.distributed.device import Device, detect_type, free_port
+from commons.training.clock import MIB, PhaseClock, measured_peak_flops, memory_use
 
 HERE = Device("cpu", "a CPU", 0, 0, 1)
 
@@ -31,8 +32,9 @@ def test_phases_add_up_to_the_step() -> None:
 OUTSIDE_CLOCK = """
 import statistics, sys, time
 from commons.distributed import device
-from commons.config.schema import TrainConfig
-from commons.training.loop import build_session, train_steps
+from commons.cli.flags import read_config
+from commons.training.loop import train_steps
+from commons.training.session import build_session
 here = device.launch("cpu", 60)
 flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
          "--batch_size", "2", "--seq_len", "256", "--precision", "fp32", "--train_step", "8", "--warmup_step", "1"]

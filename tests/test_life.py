@@ -29,7 +29,7 @@ from commons.launch.watch import Sighting, process_state, suspects
 from commons.lifecycle.heartbeat import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
 from commons.reporting.record import StepRecord
 from commons.reporting.run_log import read_records
-from commons.reporting.sinks import JsonlSink
+from commons.reporting.sinks.metrics_file import JsonlSink
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -14,23 +14,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from commons.ops.activation_checkpointing import MODES
-from commons.reporting.record import (
-    GEFORCE_CARDS,
-    MEASURED_FIELDS,
-    PEAK_RATES,
-    StepRecord,
-    bad_streak,
-    describe_bad_steps,
+from commons.reporting.flops import (
     hardware_flops_per_token,
     mfu,
     model_flops_per_token,
-    peak_flops,
-    peak_rates,
-    quantile,
-    summarize,
     tflops_per_device,
     tokens_per_second,
 )
+from commons.reporting.peak_rates import GEFORCE_CARDS, PEAK_RATES, peak_flops, peak_rates
+from commons.reporting.record import StepRecord
+from commons.reporting.summary import MEASURED_FIELDS, bad_streak, describe_bad_steps, quantile, summarize
+from commons.reporting.writing import to_json
 from model_zoo import MODEL_SIZES, ModelShape, build_model
 
 TINY, MEDIUM = MODEL_SIZES["gpt2_tiny"], MODEL_SIZES["gpt2_medium"]
@@ -282,7 +276,8 @@ def records_of(values: list[float], field: str = "step_seconds") -> list[StepRec
 
 
 def test_a_record_as_json_has_the_fields_of_the_record() -> None:
-    as_dict = record(3, loss=math.nan, grad_norm=math.inf, mfu=None, lr=3e-4).to_dict()
+    as_dict = json.loads(to_json(record(3, loss=math.nan, grad_norm=math.inf, mfu=None, lr=3e-4)))
+    assert as_dict.pop("non_finite") == {"loss": "nan", "grad_norm": "inf"}
     assert list(as_dict) == [field.name for field in dataclasses.fields(StepRecord)]
     assert (as_dict["step"], as_dict["lr"]) == (3, 3e-4)
     assert (as_dict["loss"], as_dict["grad_norm"], as_dict["mfu"]) == (None, None, None)

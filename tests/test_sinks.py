@@ -34,16 +34,13 @@ from commons.reporting.console_layout import (
     number,
     summary_lines,
 )
-from commons.reporting.record import MEASURED_FIELDS, StepRecord, summarize
-from commons.reporting.sinks import (
-    JsonlSink,
-    SinkError,
-    SummarySink,
-    make_sinks,
-    open_sinks,
-    start_run_folder,
-    to_json,
-)
+from commons.reporting.header import RunHeader
+from commons.reporting.record import StepRecord
+from commons.reporting.sinks.metrics_file import JsonlSink
+from commons.reporting.sinks.registry import open_sinks, start_run_folder
+from commons.reporting.sinks.summary_file import SummarySink
+from commons.reporting.summary import MEASURED_FIELDS, summarize
+from commons.reporting.writing import SinkError, to_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONTROL_CHARACTER = re.compile(r"[^\n\x20-\x7e\x80-\U0010ffff]")
@@ -80,30 +77,32 @@ CPU_RECORD = dataclasses.replace(
     device_memory_peak_rank=None,
     model_tflops_per_device=0.0213,
 )
-HEADER: Any = {
-    "model": "gpt2_medium",
-    "layers": 24,
-    "hidden": 1024,
-    "heads": 16,
-    "parameters": 354_823_168,
-    "padded_parameters": 354_871_296,
-    "plan": "CAI_Gemini",
-    "placement": "static",
-    "dp": 2,
-    "tp": 1,
-    "pp": 1,
-    "world_size": 2,
-    "micro_batch_size": 16,
-    "grad_accum": 1,
-    "global_batch_size": 32,
-    "seq_len": 1024,
-    "precision": "bf16",
-    "attention": "sdpa",
-    "activation_checkpointing": "off",
-    "device": "cuda",
-    "device_name": "NVIDIA H200",
-    "peak_tflops_per_device": 989.4,
-}
+HEADER = RunHeader(
+    model="gpt2_medium",
+    layers=24,
+    hidden=1024,
+    heads=16,
+    parameters=354_823_168,
+    padded_parameters=354_871_296,
+    plan="CAI_Gemini",
+    placement="static",
+    dp=2,
+    tp=1,
+    pp=1,
+    world_size=2,
+    micro_batch_size=16,
+    grad_accum=1,
+    global_batch_size=32,
+    seq_len=1024,
+    precision="bf16",
+    attention="sdpa",
+    activation_checkpointing="off",
+    cuda_graph=False,
+    peer_copies=False,
+    device="cuda",
+    device_name="NVIDIA H200",
+    peak_tflops_per_device=989.4,
+)
 
 
 @dataclasses.dataclass
@@ -117,6 +116,10 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.log_dir) / self.run_name
+
+    @classmethod
+    def at(cls, run_dir: str | Path, **settings: Any) -> Config:
+        return cls(log_dir=str(Path(run_dir).parent), run_name=Path(run_dir).name, **settings)
 
 
 def strict_json(text: str) -> Any:
@@ -134,16 +137,14 @@ def strict_json(text: str) -> Any:
 RUN = """
     import dataclasses, sys, time
     from test_sinks import GPU_RECORD, HEADER, Config
-    from commons.reporting.sinks import make_sinks
-    sinks = make_sinks(sys.argv[1], Config(), HEADER)
-    for step in (1, 2, 3):
+    from commons.reporting.sinks.registry import open_sinks
+    with open_sinks(Config.at(sys.argv[1]), HEADER, 0) as sinks:
+        for step in (1, 2, 3):
+            for sink in sinks:
+                sink.log(dataclasses.replace(GPU_RECORD, step=step))
+            time.sleep(float(sys.argv[2]))
         for sink in sinks:
-            sink.log(dataclasses.replace(GPU_RECORD, step=step))
-        time.sleep(float(sys.argv[2]))
-    for sink in sinks:
-        sink.report({})
-    for sink in sinks:
-        sink.close()
+            sink.report({})
 """
 
 
@@ -269,10 +270,12 @@ def test_the_launcher_keeps_console_log_itself(tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
     script = """
         import sys
-        from commons.reporting.sinks import SinkError, make_sinks
+        from commons.reporting.sinks.registry import open_sinks
+        from commons.reporting.writing import SinkError
         from test_sinks import HEADER, Config
         try:
-            make_sinks(sys.argv[1], Config(), HEADER)
+            with open_sinks(Config.at(sys.argv[1]), HEADER, 0):
+                pass
         except SinkError as error:
             sys.exit(str(error))
     """
@@ -295,7 +298,7 @@ def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:
     script = """
         import dataclasses, os, signal, sys
         from pathlib import Path
-        from commons.reporting.sinks import JsonlSink
+        from commons.reporting.sinks.metrics_file import JsonlSink
         from test_sinks import GPU_RECORD
         sink = JsonlSink(Path(sys.argv[1]))
         for step in range(1, 6):
@@ -328,7 +331,9 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_the_old_summary(tmp_path: P
     script = """
         import dataclasses, resource, sys
         from pathlib import Path
-        from commons.reporting.sinks import JsonlSink, SinkError, SummarySink
+        from commons.reporting.sinks.metrics_file import JsonlSink
+        from commons.reporting.sinks.summary_file import SummarySink
+        from commons.reporting.writing import SinkError
         from test_sinks import GPU_RECORD
         run_dir = Path(sys.argv[1])
         sink, summary = JsonlSink(run_dir / "metrics.jsonl"), SummarySink(run_dir / "summary.json")
@@ -379,8 +384,9 @@ def test_a_real_small_disk(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SinkError, match=r"^cannot write .*file/run: Not a directory; .*--log_dir"):
-        make_sinks(tmp_path / "file/run", Config(), HEADER)
+    refused = pytest.raises(SinkError, match=r"^cannot write .*file/run: Not a directory; .*--log_dir")
+    with refused, open_sinks(Config.at(tmp_path / "file/run"), HEADER, 0):
+        pass
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -441,11 +447,11 @@ def test_numbers_that_json_has_no_word_for(tmp_path: Path) -> None:
 
 
 def test_quiet_leaves_header_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sinks = make_sinks(tmp_path / "run", Config(quiet=True), HEADER)
-    for sink in sinks:
-        sink.log(GPU_RECORD)
-    for sink in sinks:
-        sink.report({})
+    with open_sinks(Config.at(tmp_path / "run", quiet=True), HEADER, 0) as sinks:
+        for sink in sinks:
+            sink.log(GPU_RECORD)
+        for sink in sinks:
+            sink.report({})
     text = capsys.readouterr().out
     assert "gpt2_medium" in text and "median" in text and "10.8251" not in text
 
@@ -460,18 +466,18 @@ def layout(records: list[StepRecord], width: int = 200, ranks: int = 2) -> list[
 
 def test_the_header_tells_all() -> None:
     def header_text(**more: Any) -> str:
-        return "\n".join(line.plain for line in header_lines({**HEADER, **more}, "logs/run"))
+        return "\n".join(line.plain for line in header_lines(dataclasses.replace(HEADER, **more), "logs/run"))
 
-    text = header_text(places=["rank 0: dp 0"])
+    text = header_text(places=("rank 0: dp 0",))
     for fact in (
-        "354,823,168", "354,871,296", "CAI_Gemini", "static", "dp 2 × tp 1 × pp 1", "16 a rank", "32 in all",
+        "354,823,168", "354,871,296", "CAI_Gemini", "static", "dp 2 × tp 1 × pp 1", "16 per rank", "32 in all",
         "1,024", "32,768", "bf16", "sdpa", "checkpointing off", "2 × NVIDIA H200", "989.4", "logs/run",
         "rank 0: dp 0",
     ):  # fmt: skip
         assert fact in text, fact
     assert max(map(len, text.splitlines())) <= 80
-    assert header_lines({}, "logs/run")  # a header without facts is short, not an error
-    assert "and 84 more" in header_text(places=[f"rank {rank}" for rank in range(100)])
+    assert "placement" not in header_text(placement=None) and "peak" not in header_text(peak_tflops_per_device=None)
+    assert "attempt 2 of 3" in header_text(notes=("attempt 2 of 3",))
 
 
 def test_every_figure_stands_under_its_head() -> None:

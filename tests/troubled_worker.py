@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import train_gpt_demo
-from commons.distributed.device import PhaseClock
 from commons.training import loop as engine
+from commons.training.clock import PhaseClock
 
 KIND, RANK, STEP, *ATTEMPT = os.environ["TROUBLE"].split(":")
 MINE = int(os.environ.get("RANK", "0")) == int(RANK)

@@ -67,7 +67,7 @@ class Guard:
     # ---- the work, told by whoever does it
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """``phase`` (one of pulse.PHASES) begins, in step ``step`` if that is another one than before."""
+        """``phase`` (one of heartbeat.RUN_PHASES) begins, in step ``step`` if that is another one than before."""
         self._pulse.beat(phase, step)
 
     @contextlib.contextmanager

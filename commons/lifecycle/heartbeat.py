@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What a rank can be in, in words for whoever reads that it hangs there. The order is that of a run.
-PHASES = {
+RUN_PHASES = {
     "start": "its start (imports)",
     "join": "joining the process group",
     "build": "building the model",
@@ -26,7 +26,7 @@ PHASES = {
     "log": "writing the logs",
     "end": "the end of the run",
 }
-NAMES = tuple(PHASES)
+NAMES = tuple(RUN_PHASES)
 LAYOUT = struct.Struct("<qqqd")  # beats, step, phase, seconds on the monotonic clock, which all processes share
 
 START_SECONDS = 120.0  # least for imports, the model and a first step, which compiles, whatever --timeout is
@@ -49,7 +49,7 @@ class Beat:
     seconds: float
 
     def where(self) -> str:
-        words = PHASES[self.phase]
+        words = RUN_PHASES[self.phase]
         return f"step {self.step}, {words}" if self.step and self.phase != "end" else words
 
 
@@ -62,7 +62,7 @@ class Pulse:
         self.beat("start")
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """``phase``, one of PHASES, begins; ``step`` stays what it was where it is left out."""
+        """``phase``, one of RUN_PHASES, begins; ``step`` stays what it was where it is left out."""
         self._count += 1
         self._step = self._step if step is None else step
         LAYOUT.pack_into(self._memory, 0, self._count, self._step, NAMES.index(phase), time.monotonic())

@@ -8,39 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from commons.reporting.record import StepRecord
+from commons.reporting.header import RunHeader
+from commons.reporting.record import StepRecord
 
 HEADS_EVERY_ROWS = 25  # the column heads come again, so that they never scroll far out of sight
-MAX_PLACES_SHOWN = 16
 LABEL_WIDTH = 9
+SHAPE = ("layers", "hidden", "heads")
 OVERFLOW = "overflow"
 ALARMS = {"nan": "bold red", "inf": "bold red", "-inf": "bold red", OVERFLOW: "bold yellow"}
-
-
-# What the console's header shows, filled in by the engine. A key left out leaves its words out:
-#   model, layers, hidden, heads
-#   parameters              exact, the tied embedding once, no padding
-#   padded_parameters       with the vocabulary padded as it is computed
-#   plan, placement         placement is None where the plan has none
-#   world_size, dp, tp, pp
-#   places                  a line a rank: where it stands in the dp, tp and pp groups
-#   micro_batch_size        sequences a data-parallel rank and micro-batch
-#   grad_accum              micro-batches a step
-#   global_batch_size       sequences a step, all ranks
-#   seq_len
-#   precision, attention    the kernel
-#   activation_checkpointing    "off", "selective" or "on"
-#   cuda_graph              whether forward and backward pass are replayed
-#   peer_copies             whether ranks copy from each other's memory
-#   device, device_name     "cuda" or "cpu", and what it calls itself
-#   peak_tflops_per_device  what MFU is a share of, or None
-#   notes                   any further lines
-Header = Mapping[str, Any]
 
 
 # --- Numbers as text ------------------------------------------------------------------------------
@@ -80,93 +59,62 @@ def joined(parts: Sequence[str]) -> str:
 # --- Header ---------------------------------------------------------------------------------------
 
 
-def header_lines(header: Header, run_dir: str) -> list[Text]:
+def header_lines(header: RunHeader, run_dir: str) -> list[Text]:
     """The header block, with an empty line before and after it."""
     rows = [
-        ("model", _model(header)),
+        ("model", joined([header.model, *(f"{getattr(header, name):,} {name}" for name in SHAPE)])),
         ("", _parameters(header)),
-        ("plan", _plan(header)),
-        ("ranks", _degrees(header)),
-        *_places(header),
+        ("plan", joined([header.plan, f"placement {header.placement}" if header.placement else ""])),
+        ("ranks", f"{header.world_size} = dp {header.dp} × tp {header.tp} × pp {header.pp}"),
+        *(("", place) for place in header.places),
         ("batch", _batch(header)),
         ("compute", _compute(header)),
         ("device", _device(header)),
         ("run", run_dir),
-        *(("note", note) for note in header.get("notes", ())),
+        *(("note", note) for note in header.notes),
     ]
     lines = [
         Text.assemble((label.ljust(LABEL_WIDTH), "cyan"), (text, "bold" if label == "model" else ""))
         for label, text in rows
-        if text
     ]
     return [Text(), *lines, Text()]
 
 
-def _model(header: Header) -> str:
-    shape = [f"{header[key]:,} {key}" for key in ("layers", "hidden", "heads") if key in header]
-    return joined([header.get("model", ""), *shape])
-
-
-def _parameters(header: Header) -> str:
-    exact, padded = header.get("parameters"), header.get("padded_parameters")
-    if exact is None:
-        return ""
-    extra = "" if padded is None or padded == exact else f" ({padded:,} with the vocabulary padded)"
+def _parameters(header: RunHeader) -> str:
+    exact, padded = header.parameters, header.padded_parameters
+    extra = "" if padded == exact else f" ({padded:,} with the vocabulary padded)"
     return f"{exact:,} parameters{extra}"
 
 
-def _plan(header: Header) -> str:
-    placement = header.get("placement")
-    return joined([header.get("plan", ""), f"placement {placement}" if placement else ""])
-
-
-def _degrees(header: Header) -> str:
-    if "world_size" not in header:
-        return ""
-    degrees = " × ".join(f"{name} {header.get(name, 1)}" for name in ("dp", "tp", "pp"))
-    return f"{header['world_size']} = {degrees}"
-
-
-def _places(header: Header) -> list[tuple[str, str]]:
-    places = list(header.get("places", ()))
-    more = len(places) - MAX_PLACES_SHOWN
-    shown = places[:MAX_PLACES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-    return [("", place) for place in shown]
-
-
-def _batch(header: Header) -> str:
-    micro, total, seq_len = (header.get(key) for key in ("micro_batch_size", "global_batch_size", "seq_len"))
-    accumulated = header.get("grad_accum", 1)
+def _batch(header: RunHeader) -> str:
     return joined(
         [
-            f"{micro} a rank" if micro is not None else "",
-            f"{accumulated} accumulated" if accumulated > 1 else "",
-            f"{total} in all" if total is not None else "",
-            f"sequence {seq_len:,}" if seq_len is not None else "",
-            f"{total * seq_len:,} tokens a step" if total is not None and seq_len is not None else "",
+            f"{header.micro_batch_size} per rank",
+            f"{header.grad_accum} accumulated" if header.grad_accum > 1 else "",
+            f"{header.global_batch_size} in all",
+            f"sequence {header.seq_len:,}",
+            f"{header.global_batch_size * header.seq_len:,} tokens per step",
         ]
     )
 
 
-def _compute(header: Header) -> str:
+def _compute(header: RunHeader) -> str:
     return joined(
         [
-            header.get("precision", ""),
-            f"attention {header['attention']}" if "attention" in header else "",
-            f"activation checkpointing {header['activation_checkpointing']}"
-            if "activation_checkpointing" in header
-            else "",
-            "passes replayed" if header.get("cuda_graph") else "",
-            "copies between ranks" if header.get("peer_copies") else "",
+            header.precision,
+            f"attention {header.attention}",
+            f"activation checkpointing {header.activation_checkpointing}",
+            "captured graph" if header.cuda_graph else "",
+            "copies between ranks" if header.peer_copies else "",
         ]
     )
 
 
-def _device(header: Header) -> str:
-    name, ranks = header.get("device_name", ""), header.get("world_size", 1)
-    peak = header.get("peak_tflops_per_device")
-    several = ranks > 1 and header.get("device") == "cuda"  # CPU ranks share one processor
-    return joined([f"{ranks} × {name}" if several else name, f"peak {number(peak)} TFLOPS" if peak else ""])
+def _device(header: RunHeader) -> str:
+    peak = header.peak_tflops_per_device
+    several = header.world_size > 1 and header.device == "cuda"  # CPU ranks share one processor
+    name = f"{header.world_size} × {header.device_name}" if several else header.device_name
+    return joined([name, f"peak {number(peak)} TFLOPS" if peak else ""])
 
 
 # --- Step lines -----------------------------------------------------------------------------------
@@ -211,7 +159,7 @@ COLUMNS = (
 
 
 class StepLines:
-    """Lays out the step lines: which columns there are, their heads, a line a record.
+    """Lays out the step lines: which columns there are, their heads, a line per record.
 
     Columns are chosen once and stay, until a figure that was unknown comes up or the window's width changes.
     """
@@ -292,8 +240,8 @@ SUMMARY_ROWS = (
     Row("backward ms", "backward_seconds", milliseconds),
     Row("optimizer ms", "optimizer_seconds", milliseconds),
     Row("tokens/s, all devices", "tokens_per_second", whole),
-    Row("model TFLOPS a device", "model_tflops_per_device", number),
-    Row("hardware TFLOPS a device", "hardware_tflops_per_device", number),
+    Row("model TFLOPS per device", "model_tflops_per_device", number),
+    Row("hardware TFLOPS per device", "hardware_tflops_per_device", number),
     Row("MFU", "mfu", percent),
 )
 STATISTICS = ("median", "p10", "p90")
@@ -305,7 +253,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[Text]:
     """The table of what was measured and, below it, figures of the whole run; what is not known is left out.
 
     Args:
-        summary: what commons.reporting.record.summarize() returns.
+        summary: what commons.reporting.summary.summarize() returns.
     """
     heads = "".join(name.rjust(STATISTIC_WIDTH) for name in STATISTICS)
     lines = [Text(_measured_steps(summary).ljust(FIGURE_WIDTH) + heads, style="cyan")]

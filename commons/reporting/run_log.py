@@ -16,9 +16,12 @@ from typing import Any
 from commons.config.schema import TrainConfig
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended, attempt_number
-from commons.reporting.console_layout import Header
-from commons.reporting.record import StepRecord, summarize
-from commons.reporting.sinks import Sink, open_sinks, write_json
+from commons.reporting.header import RunHeader
+from commons.reporting.record import StepRecord
+from commons.reporting.sinks.registry import open_sinks
+from commons.reporting.sinks.sink import Sink
+from commons.reporting.summary import summarize
+from commons.reporting.writing import write_json
 
 PER_ATTEMPT = ("metrics.jsonl", "summary.json")
 
@@ -50,7 +53,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def open_log(config: TrainConfig, header: Header, guard: Guard) -> Iterator[RunLog]:
+def open_log(config: TrainConfig, header: RunHeader, guard: Guard) -> Iterator[RunLog]:
     """The log of a run on the guard's rank, whose summary is written whatever happens inside: an exception, or a signal
     that cannot wait for the step to end.
     """
@@ -101,7 +104,7 @@ def _read_record(line: str) -> StepRecord:
 def summary_of(records: Sequence[StepRecord], config: TrainConfig, ended: Ended, attempt: int) -> dict[str, Any]:
     """What summary.json holds: the statistics, and how the run ended.
 
-    Adds to commons.reporting.record.summarize(): ``ended``, how (see commons.lifecycle.outcome);
+    Adds to commons.reporting.summary.summarize(): ``ended``, how (see commons.lifecycle.outcome);
     ``ended_because``, a sentence,
     None where all steps are done; ``train_step``, the steps that were to be done; ``attempt``, from 1.
     """

@@ -1,112 +1,37 @@
-"""From a configuration to a stream of step records: build a session, then step through it."""
+"""The training loop: a stream of step records from a session."""
 
 from __future__ import annotations
 
 import gc
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from commons.config.auto import wants_graph
-from commons.config.schema import TrainConfig
 from commons.data.random_tokens import DrawnAhead, random_tokens
-from commons.distributed.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
-from commons.distributed.layout import Place, place
+from commons.distributed.device import Device
 from commons.lifecycle.guard import Guard
-from commons.lifecycle.outcome import Ended, attempt_number, attempts_allowed
+from commons.lifecycle.outcome import Ended
 from commons.model.gpt2 import attention_backend
-from commons.plans.registry import PLANS, Plan
-from commons.plans.trainable import PipelinedTrainable, Trainable, Update
-from commons.reporting import record as metrics
+from commons.plans.trainable import PipelinedTrainable, Update
+from commons.reporting.flops import (
+    hardware_flops_per_token,
+    mfu,
+    model_flops_per_token,
+    tflops_per_device,
+    tokens_per_second,
+)
+from commons.reporting.record import StepRecord
+from commons.reporting.summary import bad_streak, describe_bad_steps
+from commons.training.clock import PhaseClock, StepTiming, memory_use
+from commons.training.schedule import learning_rate
+from commons.training.session import Session
 from commons.training.tracing import TRACE_FILE, traced
-from model_zoo import ModelShape, padded_parameter_count, parameter_count
-
-
-@dataclass(frozen=True)
-class Session:
-    """A model ready to train, and what the loop and the sinks must know about it.
-
-    Attributes:
-        peak_flops: of this device and precision, FLOP/s, from the datasheet or measured; None if unknown.
-    """
-
-    config: TrainConfig
-    device: Device
-    plan: Plan
-    shape: ModelShape
-    trainable: Trainable | PipelinedTrainable
-    peak_flops: float | None
-
-    def place(self, rank: int) -> Place:
-        """Which copy, pipeline stage and part of every matrix ``rank`` has."""
-        return place(rank, tp_degree=self.config.tp_degree, pp_degree=self.config.pp_degree)
-
-    def has_loss(self, rank: int) -> bool:
-        """Only the last stage of a pipeline does."""
-        return self.place(rank).pipeline == self.config.pp_degree - 1
-
-    @property
-    def sequences_per_step(self) -> int:
-        """Over all data-parallel ranks and micro-batches."""
-        config = self.config
-        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)  # pyright: ignore
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.seq_len  # pyright: ignore
-
-    def header(self) -> dict:
-        """What a reader of the log must know, for the sinks."""
-        config, world_size = self.config, self.device.world_size
-        peer_copies = self.trainable.shared_bytes is not None
-        return {
-            "model": config.model_type,
-            **{name: getattr(self.shape, name) for name in ("layers", "hidden", "heads")},
-            "parameters": parameter_count(self.shape),
-            "padded_parameters": padded_parameter_count(self.shape),
-            "plan": self.plan.name,
-            "placement": config.placement if self.plan.placement else None,
-            "dp": config.data_parallel_size(world_size),
-            "tp": config.tp_degree,
-            "pp": config.pp_degree,
-            "world_size": world_size,
-            "places": _place_lines(self) if config.model_parallel_size > 1 else [],
-            "notes": [f"attempt {attempt} of {attempts_allowed()}"] if (attempt := attempt_number()) > 1 else [],
-            "micro_batch_size": config.batch_size,
-            "grad_accum": config.grad_accum,
-            "global_batch_size": self.sequences_per_step,
-            "seq_len": config.seq_len,
-            "precision": config.precision,
-            "attention": config.attention,
-            "activation_checkpointing": config.activation_checkpointing,
-            "cuda_graph": wants_graph(config, self.device.type, world_size, peer_copies),
-            "peer_copies": peer_copies,
-            "device": self.device.type,
-            "device_name": self.device.name,
-            "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,
-        }
-
-
-def _place_lines(session: Session) -> list[str]:
-    places = [session.place(rank) for rank in range(session.device.world_size)]
-    return [f"rank {r}: dp {at.data}, tp {at.tensor}, pp {at.pipeline}" for r, at in enumerate(places)]
-
-
-def build_session(config: TrainConfig, device: Device) -> Session:
-    """Build and wrap the model (collective). ``config`` is resolved and checked."""
-    plan = PLANS[config.distplan]
-    trainable = plan.build(config, device)
-    if config.measure_peak:
-        peak = measured_peak_flops(device, config.base_precision)
-    else:
-        peak = metrics.peak_flops(device.name, config.precision)
-    return Session(config, device, plan, config.shape(), trainable, peak)
 
 
 def batches(session: Session) -> Iterator[torch.Tensor]:
@@ -124,19 +49,7 @@ def batches(session: Session) -> Iterator[torch.Tensor]:
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a
-    cosine down to a tenth.
-    """
-    if step <= config.lr_warmup_step:
-        return config.lr * step / config.lr_warmup_step
-    if config.lr_schedule == "constant":
-        return config.lr
-    progress = (step - config.lr_warmup_step) / max(1, config.train_step - config.lr_warmup_step)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def train_steps(session: Session, guard: Guard | None = None) -> Iterator[metrics.StepRecord]:
+def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRecord]:
     """Train ``config.train_step`` steps, one record each (collective, the same record on every rank).
 
     The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
@@ -164,11 +77,11 @@ def train_steps(session: Session, guard: Guard | None = None) -> Iterator[metric
             skipped_steps += update.skipped
             guard.beat("record")
             ranks = _gather(session, loss, timing, guard.signum)
-            record = _record(session, step, lr, update, skipped_steps, ranks)
+            record = make_record(session, step, lr, update, skipped_steps, ranks)
             guard.beat("log")
             yield record
-            bad = metrics.bad_streak([*bad, record])
-            if guard.stop_after(step, [int(rank["signum"]) for rank in ranks]):
+            bad = bad_streak([*bad, record])
+            if guard.stop_after(step, [int(rank.signum) for rank in ranks]):
                 return
             if bad and len(bad) == config.max_bad_steps:
                 guard.ended = _bad_steps_ended(bad)
@@ -186,9 +99,9 @@ def _settled_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _bad_steps_ended(bad: list[metrics.StepRecord]) -> Ended:
+def _bad_steps_ended(bad: list[StepRecord]) -> Ended:
     cure = "lower --lr, try --clip_grad_norm 1 or --precision bf16; --max_bad_steps 0 goes on regardless"
-    return Ended("bad steps", f"{metrics.describe_bad_steps(bad)} Stopped by --max_bad_steps {len(bad)}: {cure}.")
+    return Ended("bad steps", f"{describe_bad_steps(bad)} Stopped by --max_bad_steps {len(bad)}: {cure}.")
 
 
 def _trace_file(session: Session, step: int) -> Path | None:
@@ -219,53 +132,66 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
     return total, trainable.step()
 
 
-def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: int) -> list[dict[str, float]]:
+class RankStep(NamedTuple):
+    """What one rank saw of a step; see StepTiming and MemoryUse.
+
+    Attributes:
+        loss: this rank's mean over its micro-batches, in nats per token; 0 on a pipeline's stages without one.
+        signum: of the stop signal that it has heard, 0 before.
+    """
+
+    loss: float
+    signum: float
+    step_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    device_allocated_mib: float
+    device_reserved_mib: float
+    device_peak_mib: float
+    host_mib: float
+
+
+def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: int) -> list[RankStep]:
     """What every rank saw of a step, by rank (collective: one small all-gather)."""
-    seen = {
-        "loss": loss.item(),
-        "signum": float(signum),
-        **vars(timing),
-        **vars(memory_use(session.device, session.trainable.replayed_bytes, session.trainable.shared_bytes or 0)),
-    }
-    rows = _all_gather(list(seen.values()), session.device)
-    return [dict(zip(seen, row, strict=True)) for row in rows]
+    memory = memory_use(session.device, session.trainable.replayed_bytes, session.trainable.shared_bytes or 0)
+    mine = RankStep(loss=loss.item(), signum=float(signum), **vars(timing), **vars(memory))
+    return [RankStep(*row) for row in _all_gather(mine, session.device)]
 
 
-def _record(
-    session: Session,
-    step: int,
-    lr: float,
-    update: Update,
-    skipped_steps: int,
-    ranks: list[dict[str, float]],
-) -> metrics.StepRecord:
+def make_record(
+    session: Session, step: int, lr: float, update: Update, skipped_steps: int, ranks: Sequence[RankStep]
+) -> StepRecord:
     """Make one record of what the ranks saw.
 
     The loss is the mean over the ranks that have one, the times are those of the slowest rank, each memory
     measure that of the rank with most.
+
+    Args:
+        skipped_steps: so far, this step included.
+        ranks: by rank.
     """
-    device = session.device
-    losses = {rank: seen["loss"] for rank, seen in enumerate(ranks) if session.has_loss(rank)}
-    slowest = max(ranks, key=lambda rank: rank["step_seconds"])
-    step_seconds, pipelined = slowest["step_seconds"], session.config.pp_degree > 1
-    flops = _flops_per_token(session)
-    model_tflops, hardware_tflops = (
-        metrics.tflops_per_device(count, session.tokens_per_step, step_seconds, device.world_size) for count in flops
+    device, tokens = session.device, session.tokens_per_step
+    losses = {rank: seen.loss for rank, seen in enumerate(ranks) if session.has_loss(rank)}
+    slowest = max(ranks, key=lambda seen: seen.step_seconds)
+    seconds, pipelined = slowest.step_seconds, session.config.pp_degree > 1
+    model, hardware = (
+        tflops_per_device(count, tokens, seconds, device.world_size) for count in _flops_per_token(session)
     )
-    return metrics.StepRecord(
+    return StepRecord(
         step=step,
         loss=statistics.fmean(losses.values()),
         lr=lr,
         grad_norm=update.grad_norm,
-        step_seconds=step_seconds,
-        # the passes of a pipeline's microbatches alternate and have no times of their own
-        forward_seconds=None if pipelined else slowest["forward_seconds"],
-        backward_seconds=None if pipelined else slowest["backward_seconds"],
-        optimizer_seconds=slowest["optimizer_seconds"],
-        tokens_per_second=metrics.tokens_per_second(session.tokens_per_step, step_seconds),
-        model_tflops_per_device=model_tflops,
-        hardware_tflops_per_device=hardware_tflops,
-        mfu=metrics.mfu(model_tflops, session.peak_flops),
+        step_seconds=seconds,
+        # forward and backward of a pipeline's microbatches alternate and have no times of their own
+        forward_seconds=None if pipelined else slowest.forward_seconds,
+        backward_seconds=None if pipelined else slowest.backward_seconds,
+        optimizer_seconds=slowest.optimizer_seconds,
+        tokens_per_second=tokens_per_second(tokens, seconds),
+        model_tflops_per_device=model,
+        hardware_tflops_per_device=hardware,
+        mfu=mfu(model, session.peak_flops),
         skipped_steps=skipped_steps,
         nonfinite_loss_ranks=[rank for rank, loss in losses.items() if not math.isfinite(loss)],
         **_memory_fields(ranks),
@@ -273,9 +199,10 @@ def _record(
 
 
 def _flops_per_token(session: Session) -> tuple[float, float]:
+    """Model FLOPs and hardware FLOPs."""
     config = session.config
-    model = metrics.model_flops_per_token(session.shape, config.seq_len)  # pyright: ignore
-    hardware = metrics.hardware_flops_per_token(
+    model = model_flops_per_token(session.shape, config.seq_len)  # pyright: ignore
+    hardware = hardware_flops_per_token(
         session.shape,
         config.seq_len,  # pyright: ignore
         recompute=config.activation_checkpointing,
@@ -285,7 +212,7 @@ def _flops_per_token(session: Session) -> tuple[float, float]:
     return model, hardware
 
 
-def _all_gather(values: list[float], device: Device) -> list[list[float]]:
+def _all_gather(values: Sequence[float], device: Device) -> list[list[float]]:
     """Every rank's ``values``, by rank (collective)."""
     mine = torch.tensor(values, dtype=torch.float64, device=device.torch_device)
     gathered = mine.new_empty(device.world_size * len(values))
@@ -293,13 +220,13 @@ def _all_gather(values: list[float], device: Device) -> list[list[float]]:
     return gathered.view(device.world_size, -1).tolist()
 
 
-def _memory_fields(ranks: list[dict[str, float]]) -> dict:
+def _memory_fields(ranks: Sequence[RankStep]) -> dict:
     """The record's memory fields: the maximum over ranks and the rank that has it; what no device has is
     None.
     """
 
     def most(name: str) -> tuple[float | None, int | None]:
-        value, rank = max((seen[name], rank) for rank, seen in enumerate(ranks))
+        value, rank = max((getattr(seen, name), rank) for rank, seen in enumerate(ranks))
         return (None, None) if math.isnan(value) else (value, rank)
 
     peak, peak_rank = most("device_peak_mib")

@@ -10,7 +10,6 @@ within a few steps.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,9 @@ from commons.distributed.device import compute_dtype
 from commons.lifecycle.outcome import FINISHED, Ended
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.reporting.record import StepRecord
-from commons.training.loop import Session, learning_rate
+from commons.reporting.writing import write_json
+from commons.training.schedule import learning_rate
+from commons.training.session import Session
 from model_zoo import build_model
 
 # Plans tell the gradient norm only where they clip; this clips nothing.
@@ -183,9 +184,7 @@ def describe(parity: Parity) -> str:
 
 def write(parity: Parity, run_dir: Path) -> None:
     """parity.json: the differences, their bounds and the verdict."""
-    content = {**dataclasses.asdict(parity), "holds": parity.holds}
-    unknown = {name: None for name, value in content.items() if isinstance(value, float) and math.isnan(value)}
-    (run_dir / "parity.json").write_text(json.dumps(content | unknown, indent=2) + "\n")
+    write_json(run_dir / "parity.json", {**dataclasses.asdict(parity), "holds": parity.holds})
 
 
 def _relative(value: float, reference: float) -> float:

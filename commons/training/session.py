@@ -1,0 +1,132 @@
+"""A model ready to train under its plan, and what is to be known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from commons.config.auto import wants_graph
+from commons.config.schema import TrainConfig
+from commons.distributed.device import Device
+from commons.distributed.layout import Place, place
+from commons.lifecycle.outcome import attempt_number, attempts_allowed
+from commons.plans.registry import PLANS, Plan
+from commons.plans.trainable import PipelinedTrainable, Trainable
+from commons.reporting.header import RunHeader
+from commons.reporting.peak_rates import TERA, peak_flops
+from commons.training.clock import measured_peak_flops
+from model_zoo import ModelShape, padded_parameter_count, parameter_count
+
+MOST_PLACE_LINES = 16  # ranks that the header places one by one; more of them it sums up
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model ready to train, and what the loop and the sinks must know about it.
+
+    Attributes:
+        peak_flops: of this device and precision, FLOP/s, from the datasheet or measured; None if unknown.
+    """
+
+    config: TrainConfig
+    device: Device
+    plan: Plan
+    shape: ModelShape
+    trainable: Trainable | PipelinedTrainable
+    peak_flops: float | None
+
+    def place(self, rank: int) -> Place:
+        """Which copy, pipeline stage and part of every matrix ``rank`` has."""
+        return place(rank, tp_degree=self.config.tp_degree, pp_degree=self.config.pp_degree)
+
+    def has_loss(self, rank: int) -> bool:
+        """Only the last stage of a pipeline does."""
+        return self.place(rank).pipeline == self.config.pp_degree - 1
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Over all data-parallel ranks and micro-batches."""
+        config = self.config
+        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)  # pyright: ignore
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all data-parallel ranks and micro-batches."""
+        return self.sequences_per_step * self.config.seq_len  # pyright: ignore
+
+    def header(self) -> RunHeader:
+        """What a reader of the log must know, for the sinks."""
+        config, shape, world_size = self.config, self.shape, self.device.world_size
+        peer_copies = self.trainable.shared_bytes is not None
+        return RunHeader(
+            model=str(config.model_type),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            parameters=parameter_count(shape),
+            padded_parameters=padded_parameter_count(shape),
+            plan=self.plan.name,
+            placement=config.placement if self.plan.placement else None,
+            world_size=world_size,
+            dp=config.data_parallel_size(world_size),
+            tp=config.tp_degree,
+            pp=config.pp_degree,
+            micro_batch_size=config.batch_size,  # pyright: ignore
+            grad_accum=config.grad_accum,
+            global_batch_size=self.sequences_per_step,
+            seq_len=config.seq_len,  # pyright: ignore
+            precision=config.precision,
+            attention=config.attention,
+            activation_checkpointing=config.activation_checkpointing,
+            cuda_graph=wants_graph(config, self.device.type, world_size, peer_copies),
+            peer_copies=peer_copies,
+            device=self.device.type,
+            device_name=self.device.name,
+            peak_tflops_per_device=None if self.peak_flops is None else self.peak_flops / TERA,
+            places=tuple(place_lines([self.place(rank) for rank in range(world_size)])),
+            notes=_attempt_note(),
+        )
+
+
+def build_session(config: TrainConfig, device: Device) -> Session:
+    """Build and wrap the model (collective). ``config`` is resolved and checked."""
+    plan = PLANS[config.distplan]
+    trainable = plan.build(config, device)
+    if config.measure_peak:
+        peak = measured_peak_flops(device, config.base_precision)
+    else:
+        peak = peak_flops(device.name, config.precision)
+    return Session(config, device, plan, config.shape(), trainable, peak)
+
+
+def place_lines(places: Sequence[Place]) -> list[str]:
+    """Where the ranks stand: a line each, and beyond MOST_PLACE_LINES ranks a line per kind of group.
+
+    Args:
+        places: every rank's, by rank. Nothing is said where ranks differ in their data only.
+    """
+    if all((at.tensor, at.pipeline) == (0, 0) for at in places):
+        return []
+    if len(places) <= MOST_PLACE_LINES:
+        return [f"rank {r}: dp {at.data}, tp {at.tensor}, pp {at.pipeline}" for r, at in enumerate(places)]
+    first = places[0]
+    groups = {
+        "tp": [r for r, at in enumerate(places) if (at.data, at.pipeline) == (first.data, first.pipeline)],
+        "pp": [r for r, at in enumerate(places) if (at.data, at.tensor) == (first.data, first.tensor)],
+        "dp": [r for r, at in enumerate(places) if (at.tensor, at.pipeline) == (first.tensor, first.pipeline)],
+    }
+    return [_group_line(name, ranks) for name, ranks in groups.items() if len(ranks) > 1]
+
+
+def _group_line(name: str, ranks: Sequence[int]) -> str:
+    """One kind of group by its first: they all have as many ranks, as far apart."""
+    apart = "next to each other" if ranks[1] == 1 else f"{ranks[1]} apart"
+    shown = [str(rank) for rank in (ranks if len(ranks) <= 4 else [*ranks[:2], ranks[-1]])]
+    if len(ranks) > 4:
+        shown.insert(2, "...")
+    return f"{name} groups: {len(ranks)} ranks {apart}, the first {', '.join(shown)}"
+
+
+def _attempt_note() -> tuple[str, ...]:
+    attempt = attempt_number()
+    return (f"attempt {attempt} of {attempts_allowed()}",) if attempt > 1 else ()
