@@ -18,6 +18,7 @@ import sys
 import termios
 import textwrap
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -579,7 +580,12 @@ def test_number(value: float | None, text: str) -> None:
 
 
 def test_env_json_has_what_repeats_a_run_and_no_secret(tmp_path: Path) -> None:
-    kept = {"CUDA_VISIBLE_DEVICES": "0", "DISTPLAN": "CAI_Gemini", "NCCL_DEBUG": "INFO"}
+    kept = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "DISTPLAN": "CAI_Gemini",
+        "NCCL_DEBUG": "INFO",
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+    }
     environ = {**kept, "HF_TOKEN": "secret", "HOME": "/x"}
     described = environment.describe_environment("cpu", ["python", "a b.py"], environ)
     start_run_folder(tmp_path, Config(), described)
@@ -649,6 +655,78 @@ def test_the_commit_is_the_suites_own(tmp_path: Path) -> None:
     assert environment.describe_environment(environ=stated, repository=tmp_path / "copy")["commit"] == "0123abc"
     for nonsense in ("", "main", "0123"):
         assert environment.stated_commit({"SUITE_COMMIT": nonsense}) is None
+
+
+def new_checkout(folder: Path) -> str:
+    """A repository of one commit, whose name is returned."""
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
+    (folder / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-q", "--no-verify", "-m", "one"], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_the_commit_of_another_user_s_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # whose settings of git may allow every folder
+    (tmp_path / "suite").mkdir()
+    commit = new_checkout(tmp_path / "suite")
+    for path in [tmp_path / "suite", *(tmp_path / "suite").rglob("*")]:
+        os.chown(path, 12345, 12345)
+    refused = subprocess.run(["git", "-C", str(tmp_path / "suite"), "status"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert environment.git_state(tmp_path / "suite") == (commit, False)
+    (tmp_path / "suite" / "file").write_text("2")
+    assert environment.git_state(tmp_path / "suite") == (commit, True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "suite")
+    assert environment.git_state(link) == (commit, True)
+    (tmp_path / "suite" / "copy").mkdir()
+    assert environment.git_state(tmp_path / "suite" / "copy") == (None, None)
+
+
+def test_the_commit_is_not_of_the_repository_that_git_is_busy_with(tmp_path: Path, monkeypatch) -> None:
+    """A hook of git has GIT_DIR and its like set for all that it starts."""
+    for name in ("suite", "other"):
+        (tmp_path / name).mkdir()
+    commit = new_checkout(tmp_path / "suite")
+    new_checkout(tmp_path / "other")
+    (tmp_path / "other" / "file").write_text("2")
+    subprocess.run(["git", "-C", tmp_path / "other", "-c", "user.name=x", "-c", "user.email=x@example.org",
+                    "commit", "-q", "-a", "-m", "two"], check=True)  # fmt: skip
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert environment.git_state(tmp_path / "suite") == (commit, False)
+
+
+def test_the_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    commit = new_checkout(suite)
+    subprocess.run(["git", "-C", suite, "worktree", "add", "-q", "-b", "branch", tmp_path / "linked"], check=True)
+    folders = {"loose": suite, "linked worktree": tmp_path / "linked"}
+
+    def without_git() -> dict[str, tuple[str | None, bool | None]]:
+        with monkeypatch.context() as bare:
+            bare.setenv("PATH", str(tmp_path))
+            return {name: environment.git_state(folder) for name, folder in folders.items()}
+
+    assert without_git() == dict.fromkeys(folders, (commit, None))
+    subprocess.run(["git", "-C", suite, "pack-refs", "--all"], check=True)
+    assert without_git() == dict.fromkeys(folders, (commit, None))
+    subprocess.run(["git", "-C", suite, "checkout", "-q", "--detach"], check=True)
+    assert without_git() == dict.fromkeys(folders, (commit, None))
+    (tmp_path / "no checkout").mkdir()
+    folders["none"] = tmp_path / "no checkout"
+    assert without_git()["none"] == (None, None)
+
+
+def test_the_version_of_a_package_that_was_never_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = types.ModuleType("a_checkout")
+    checkout.__dict__["__version__"] = "7.1"
+    monkeypatch.setitem(sys.modules, "a_checkout", checkout)
+    monkeypatch.setattr(environment, "PACKAGES", ("a_checkout", "neither_here_nor_there"))
+    assert environment.package_versions() == {"a_checkout": "7.1", "neither_here_nor_there": None}
 
 
 @pytest.mark.parametrize(

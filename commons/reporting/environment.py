@@ -21,7 +21,7 @@ from typing import Any
 from commons.lifecycle.suite_root import SUITE_ROOT
 
 # The packages whose version can change a number or a crash.
-PACKAGES = ("torch", "colossalai", "transformers", "numpy", "safetensors", "rich", "psutil", "einops")
+PACKAGES = ("torch", "triton", "colossalai", "transformers", "numpy", "safetensors", "rich", "psutil", "einops")
 
 # Environment variables that change what a run does or how fast it is. A list of what to keep, not of what to
 # drop: an env.json is passed around, so a variable nobody thought of (a token, a password) must stay out.
@@ -30,9 +30,10 @@ LAUNCH_VARIABLES = (
     "TPDEGREE", "PPDEGREE", "NNODES", "NODE_RANK",
 )  # fmt: skip
 MACHINE_VARIABLE = re.compile(
-    r"CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)"
+    r"CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING|MODULE_LOADING)"
     r"|(NCCL|GLOO|OMP|MKL)_[A-Z0-9_]+"
     r"|TORCH_(NCCL|CUDA|DISTRIBUTED|LOGS)[A-Z0-9_]*"
+    r"|TORCH(_COMPILE|INDUCTOR|DYNAMO)_[A-Z0-9_]+|CUBLAS(LT)?_[A-Z0-9_]+"
     r"|PYTORCH_(CUDA_)?ALLOC_CONF|PYTORCH_NO_CUDA_MEMORY_CACHING|NVIDIA_TF32_OVERRIDE"
     r"|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE"
 )
@@ -88,24 +89,68 @@ def relevant_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions by package name, None for those that are not installed; imports none of them."""
-    return {name: _or_none(lambda name=name: importlib.metadata.version(name)) for name in PACKAGES}
+    """Versions by package name, None for those that are neither installed nor imported; imports none of them."""
+    return {name: _or_none(lambda name=name: _version(name)) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(sys.modules[package].__version__)  # a checkout on PYTHONPATH; KeyError where there is none
 
 
 def git_state(repository: Path) -> tuple[str | None, bool | None]:
     """The commit that is checked out in `repository`, and whether tracked files differ from it.
 
-    (None, None) without git, and where `repository` is not itself a checkout: a copy of the suite that lies
-    inside somebody else's repository must not be labelled with that repository's commit.
+    Where git is missing, the commit alone. (None, None) where `repository` is not itself a checkout: a copy of the
+    suite that lies inside somebody else's repository must not be labelled with that repository's commit.
     """
-    top = _output_of(["git", "-C", str(repository), "rev-parse", "--show-toplevel"])
-    if top is None or Path(top).resolve() != Path(repository).resolve():
+    top = _git(repository, "rev-parse", "--show-toplevel")
+    if top is None:
+        return _head_commit(repository), None
+    if Path(top).resolve() != repository.resolve():
         return None, None
-    commit = _output_of(["git", "-C", str(repository), "rev-parse", "--verify", "HEAD"])
+    commit = _git(repository, "rev-parse", "--verify", "HEAD")
     if commit is None:
         return None, None
-    changes = _output_of(["git", "-C", str(repository), "status", "--porcelain", "--untracked-files=no"])
+    changes = _git(repository, "status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else bool(changes)
+
+
+def _git(repository: Path, *words: str) -> str | None:
+    """What git says of `repository`, whoever owns it; None if it fails.
+
+    Git refuses a checkout of another user, since it would follow that user's settings: a risk that who trains with that
+    user's code has taken. Variables by which git would look at another repository are kept from it.
+    """
+    allowed = ["-c", f"safe.directory={repository.resolve()}", "--no-optional-locks"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return _output_of(["git", "-C", str(repository), *allowed, *words], environ)
+
+
+def _head_commit(repository: Path) -> str | None:
+    """The commit by the files of the repository itself, for a container without git; None where it is no checkout."""
+    try:
+        folder = repository / ".git"
+        if folder.is_file():  # a linked worktree
+            folder = repository / folder.read_text().removeprefix("gitdir:").strip()
+        head = (folder / "HEAD").read_text().strip()
+        if not head.startswith("ref:"):
+            return _if_commit(head)
+        branch = head.removeprefix("ref:").strip()
+        shared = folder / (folder / "commondir").read_text().strip() if (folder / "commondir").exists() else folder
+        if (shared / branch).exists():
+            return _if_commit((shared / branch).read_text().strip())
+        packed = re.search(rf"^([0-9a-f]+) {re.escape(branch)}$", (shared / "packed-refs").read_text(), re.MULTILINE)
+        return packed and _if_commit(packed.group(1))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _if_commit(text: str) -> str | None:
+    """`text` if it looks like a commit, whole or shortened."""
+    return text if re.fullmatch(r"[0-9a-f]{7,64}", text) else None
 
 
 def stated_commit(environ: Mapping[str, str]) -> str | None:
@@ -113,8 +158,7 @@ def stated_commit(environ: Mapping[str, str]) -> str | None:
 
     Only what looks like a commit counts, and a checkout knows better than a variable.
     """
-    stated = environ.get("SUITE_COMMIT", "").strip().lower()
-    return stated if re.fullmatch(r"[0-9a-f]{7,40}", stated) else None
+    return _if_commit(environ.get("SUITE_COMMIT", "").strip().lower())
 
 
 def nvidia_driver(proc_file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
@@ -137,11 +181,16 @@ def _or_none(question: Callable[[], Any]) -> Any:
         return None
 
 
-def _output_of(command: list[str]) -> str | None:
+def _output_of(command: list[str], environ: Mapping[str, str] | None = None) -> str | None:
     """Standard output of a command, stripped; None if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, stdin=subprocess.DEVNULL
+            command,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
@@ -149,7 +198,7 @@ def _output_of(command: list[str]) -> str | None:
 
 
 def typed(argv: Sequence[str]) -> str:
-    """A command line as one types it in the suite's folder, without the paths of this machine."""
+    """A command line as it is typed in the suite's folder, without the paths of this machine."""
     program, *arguments = argv
     inside = f"{SUITE_ROOT}{os.sep}"
     return shlex.join([Path(program).name, *(argument.removeprefix(inside) for argument in arguments)])
