@@ -19,7 +19,8 @@ from commons.data.random_tokens import DrawnAhead, random_tokens
 from commons.distributed.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
 from commons.distributed.layout import Place, place
 from commons.lifecycle.guard import Guard
-from commons.lifecycle.outcome import Ended, attempt_number, attempts_allowed
+from commons.lifecycle.job import read_job
+from commons.lifecycle.outcome import Ended
 from commons.model.gpt2 import attention_backend
 from commons.plans.registry import PLANS, Plan
 from commons.plans.trainable import PipelinedTrainable, Trainable, Update
@@ -64,7 +65,7 @@ class Session:
     def header(self) -> dict:
         """What a reader of the log must know, for the sinks."""
         config, world_size = self.config, self.device.world_size
-        peer_copies = self.trainable.shared_bytes is not None
+        peer_copies, job = self.trainable.shared_bytes is not None, read_job()
         return {
             "model": config.model_type,
             **{name: getattr(self.shape, name) for name in ("layers", "hidden", "heads")},
@@ -77,7 +78,7 @@ class Session:
             "pp": config.pp_degree,
             "world_size": world_size,
             "places": _place_lines(self) if config.model_parallel_size > 1 else [],
-            "notes": [f"attempt {attempt} of {attempts_allowed()}"] if (attempt := attempt_number()) > 1 else [],
+            "notes": [f"attempt {job.attempt} of {job.attempts_allowed}"] if job.attempt > 1 else [],
             "micro_batch_size": config.batch_size,
             "grad_accum": config.grad_accum,
             "global_batch_size": self.sequences_per_step,
