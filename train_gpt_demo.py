@@ -7,11 +7,14 @@ One rank of a run. ``bash run_gemini.sh`` starts all of them; so does
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
-from commons.distributed import device
+from commons.distributed import process_group
+from commons.distributed.device import Device
 from commons.doctor import explain_uncaught
 from commons.lifecycle.guard import Guard, on_duty
 from commons.lifecycle.heartbeat import group_timeout_seconds
@@ -21,16 +24,17 @@ from commons.reporting.run_log import open_log
 
 def main(argv: list[str]) -> None:
     with on_duty() as guard:  # signals and errors end the run in order from here on
-        config = read_config(argv)
+        config = read_config(argv, os.environ)
         quiet_libraries()
         guard.beat("join")
         guard.timeout_seconds = config.timeout
-        here = device.launch(config.device, group_timeout_seconds(config.timeout))
-        train(config.named(here.world_size), here, guard)
+        here = process_group.launch(config.device, group_timeout_seconds(config.timeout))
+        name = process_group.first_rank_s(config.named(here.world_size).run_dir.name)
+        train(dataclasses.replace(config, run_name=name), here, guard)
         guard.leave()
 
 
-def train(config: TrainConfig, here: device.Device, guard: Guard) -> None:
+def train(config: TrainConfig, here: Device, guard: Guard) -> None:
     """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
     from commons.training.loop import train_steps
     from commons.training.parity import check_parity, with_known_norms

@@ -20,7 +20,7 @@ import torch
 
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
-from commons.distributed import device
+from commons.distributed import process_group
 from commons.lifecycle import leaving
 from commons.reporting.environment import describe_environment
 from commons.training.clock import MIB
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("adam_kernels.json"))
     arguments, training_flags = parser.parse_known_args()
     config = read_config(["--distplan", "CAI_Gemini", *training_flags])
-    here = device.launch(config.device, config.timeout)
+    here = process_group.launch(config.device, config.timeout)
 
     from commons.training.loop import train_steps
     from commons.training.session import build_session

@@ -33,7 +33,7 @@ from torch import nn
 from benchmarks.parity_cases import POISONED_STEP, Case
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
-from commons.distributed import device
+from commons.distributed import device, process_group
 from commons.lifecycle import leaving
 from commons.reporting.record import StepRecord
 from commons.training import parity
@@ -356,8 +356,7 @@ def main(job_path: str, change: Callable[[], None] = lambda: None, *, go_on: boo
         go_on: to the next case after one that fails on all ranks alike.
     """
     job = Job.read(job_path)
-    device.detect_type(job.device)
-    here = device.launch(job.device, COLLECTIVE_SECONDS)
+    here = process_group.launch(job.device, COLLECTIVE_SECONDS)
     change()
     with tempfile.TemporaryDirectory() as own:
         shared = [own]

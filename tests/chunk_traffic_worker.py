@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.parity_cases import COMMON_OF_GEMINI
 from commons.cli.flags import read_config
-from commons.distributed import device
+from commons.distributed import device, process_group
 from commons.lifecycle import leaving
 from commons.training.loop import train_steps
 from commons.training.session import build_session
@@ -55,7 +55,7 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
 
 
 def main() -> None:
-    here = device.launch("cpu", 60)
+    here = process_group.launch("cpu", 60)
     chunks, sharded = count_traffic(here)
     print("all sharded:", len(chunks), dict(sharded))
     # four blocks, the position table with the final norm, and the embedding, each half here and half there

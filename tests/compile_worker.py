@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from commons.cli.flags import read_config
-from commons.distributed import device
+from commons.distributed import device, process_group
 from commons.lifecycle import leaving
 from commons.model import compile as compiling
 from commons.training.loop import train_steps
@@ -67,7 +67,7 @@ original = compiling.CompiledFunction
 
 
 def main() -> None:
-    here = device.launch("cpu", 60)
+    here = process_group.launch("cpu", 60)
     compiling.CompiledFunction = traced_only  # pyright: ignore[reportAttributeAccessIssue]
     for flags in CASES:
         torch._dynamo.reset()

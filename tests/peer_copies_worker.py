@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
-from commons.distributed import device, peer_copies
+from commons.distributed import device, peer_copies, process_group
 from commons.distributed import peer_memory as peers
 from commons.distributed.peer_copies import Flag, PeerCopies, find_peers
 from commons.distributed.peer_memory import HostPeers
@@ -149,8 +149,8 @@ def check_flags(copies: PeerCopies) -> None:
 
 def check_agreement(here: device.Device) -> None:
     """One rank that says no is enough."""
-    assert device.every_rank(True, here.torch_device)
-    assert not device.every_rank(here.rank != 0, here.torch_device)
+    assert process_group.every_rank(True, here.torch_device)
+    assert not process_group.every_rank(here.rank != 0, here.torch_device)
 
 
 def check_files(here: device.Device) -> None:
@@ -384,7 +384,7 @@ class Collectives:
 
 def main() -> None:
     faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
-    here = device.launch("cpu", 60)
+    here = process_group.launch("cpu", 60)
     if sys.argv[1] == "training":
         check_training(here)
     else:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.parity_cases import COMMON
 from commons.cli.flags import read_config
-from commons.distributed import device
+from commons.distributed import device, process_group
 from commons.lifecycle import leaving
 from commons.plans.colossal.runtime import prepare
 from commons.training.loop import train_steps
@@ -70,7 +70,7 @@ def check(here: device.Device, common: str, batches: int) -> None:
 
 
 def main() -> None:
-    here = device.launch("cpu", 60)
+    here = process_group.launch("cpu", 60)
     prepare("cpu")
     from commons.plans.colossal import boosted, host_backend
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 import commons.model.gpt2
 import model_zoo
 from commons.cli.flags import read_config
-from commons.distributed import device
+from commons.distributed import device, process_group
 from commons.lifecycle import leaving
 from commons.training.loop import train_steps
 from commons.training.session import build_session
@@ -167,7 +167,7 @@ def check_offload_frees_on_one_rank(here: device.Device) -> None:
 
 
 def main() -> None:
-    here = device.launch("cpu", 60)
+    here = process_group.launch("cpu", 60)
     checks = [check_equal, check_logits_without_labels]
     if here.world_size == 1:
         checks += [check_no_copies_on_one_rank, check_offload_frees_on_one_rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from suite_runs import run_processes
 
 from commons.data.random_tokens import random_tokens
-from commons.distributed.device import Device, detect_type, free_port
+from commons.distributed.device import Device, detect_type
+from commons.distributed.process_group import free_port
 from commons.training.clock import MIB, PhaseClock, measured_peak_flops, memory_use
 
 HERE = Device("cpu", "a CPU", 0, 0, 1)
@@ -31,11 +33,11 @@ def test_phases_add_up_to_the_step() -> None:
 
 OUTSIDE_CLOCK = """
 import statistics, sys, time
-from commons.distributed import device
+from commons.distributed import process_group
 from commons.cli.flags import read_config
 from commons.training.loop import train_steps
 from commons.training.session import build_session
-here = device.launch("cpu", 60)
+here = process_group.launch("cpu", 60)
 flags = ["--distplan", "Pytorch_DDP", "--device", "cpu", "--model_type", "gpt2_small", "--num_layers", "2",
          "--batch_size", "2", "--seq_len", "256", "--precision", "fp32", "--train_step", "8", "--warmup_step", "1"]
 steps = train_steps(build_session(read_config(flags), here))
@@ -80,12 +82,23 @@ def test_batches_differ_between_ranks_and_repeat() -> None:
     assert first(1, 0).max() < 1000 and first(1, 0).dtype == torch.int64
 
 
-def test_an_explicit_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choosing_a_device_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert detect_type("cpu") == "cpu"
-    import os
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+JOINED = """
+import os
+from commons.distributed import process_group
+here = process_group.launch("cpu", 60)
+print(here.type, here.rank, here.world_size, repr(os.environ["CUDA_VISIBLE_DEVICES"]))
+"""
+
+
+def test_a_rank_on_a_cpu_hides_the_gpus_where_it_joins() -> None:
+    returncode, console = run_processes([sys.executable, "-c", JOINED], environment={"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert returncode == 0 and console.splitlines()[-1] == "cpu 0 1 ''", console
 
 
 def test_host_backend_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from commons.cli.flags import judge, read_flags
+from commons.cli.variables import FLAG_VARIABLES
 from commons.config.schema import PLACEMENTS
 from commons.doctor.report import COLOURS, MARGIN
-from commons.launch.launcher import FLAG_VARIABLES
 from commons.lifecycle.outcome import HOW, STOP_SIGNALS
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES, parameter_count

@@ -22,10 +22,11 @@ import pytest
 from suite_runs import heed_all_signals
 
 from commons.cli import flags as cli
+from commons.cli.variables import FLAG_VARIABLES
 from commons.config.schema import TrainConfig
 from commons.launch import launcher, nodes
 from commons.launch.console_copy import LineCleaner, LogFile
-from commons.launch.launcher import FLAG_VARIABLES, JOB_VARIABLES, read_launch, root_cause
+from commons.launch.launcher import JOB_VARIABLES, read_launch, root_cause
 from commons.launch.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
 from commons.launch.stop_signals import StopSignals
 from commons.lifecycle.outcome import STOP_SIGNALS
@@ -137,7 +138,7 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     assert re.fullmatch(RUN_NAME, run.run_dir().name)
     assert sorted(run.stdout.splitlines()) == ["out of rank 0", "out of rank 1"]
     warning, no_gpu, *rest = run.stderr.splitlines()
-    assert "USE_SHARD_INIT has no meaning any more" in warning
+    assert "USE_SHARD_INIT has no effect any more" in warning
     assert re.match(r"No GPU seen.*\. Training gpt2_tiny on 2 CPU ranks with gloo", no_gpu)
     assert "Troubleshooting" in no_gpu
     assert sorted(rest) == ["err of rank 0", "err of rank 1"]

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
+from commons.lifecycle.job import read_job
 
 if TYPE_CHECKING:
     from commons.plans.registry import Plan
@@ -659,7 +659,7 @@ def _output(job: Job) -> Iterator[str]:
 
 def _is_restart() -> bool:
     """Whether torchelastic started this rank again: it goes on in the folder that it had."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return read_job().attempt > 1
 
 
 def _folder_problem(folder: Path) -> Iterator[str]:

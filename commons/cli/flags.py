@@ -1,4 +1,4 @@
-"""From a command line to a TrainConfig, with everything that is wrong with it told at once.
+"""From a command line and environment variables to a TrainConfig, with everything that is wrong told at once.
 
 transformers' HfArgumentParser makes the flags from the dataclass. argparse itself would stop at the first
 mistake, so it only splits the words here; their values are read and judged by this module.
@@ -12,12 +12,14 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from commons.cli.checks import LIMITS, nearest, problems
+from commons.cli.variables import FLAG_VARIABLES, name_variables, obsolete_notices, without_obsolete
 from commons.config.schema import FLAG_GROUPS, TrainConfig
 from commons.lifecycle.guard import WATCH_VARIABLE
+from commons.lifecycle.job import JobPlace, read_job
 
 CONFIG_ERROR = 2  # exit code, argparse's own
 TELLING_SECONDS = 15.0  # after which rank 0 has told what is wrong, however slow its imports
@@ -36,6 +38,14 @@ examples:
   bash run_gemini.sh --distplan CAI_ZeRO2 --precision fp16    another plan
   torchrun --nproc_per_node 2 train_gpt_demo.py --device cpu  without the launcher
   python train_gpt_demo.py --train_step 30 --warmup_step 10   one process"""
+
+
+# What looks at this machine instead of starting anything; see commons/doctor.
+DOCTOR_FLAGS = {
+    "--doctor": "what would keep a training from running here, and its cure",
+    "--doctor --json": "the same for programs",
+    "--doctor --failure TEXT": "what here may have caused this error",
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -62,7 +72,7 @@ def help_text(prog: str, *sections: str) -> str:
         prog=prog,
         usage=f"{prog} [flags]",
         description=DESCRIPTION,
-        epilog="\n\n".join([_plan_list(), _size_list(), *sections, EXAMPLES]),
+        epilog="\n\n".join([_plan_list(), _size_list(), *_variable_and_doctor_lists(), *sections, EXAMPLES]),
         formatter_class=HelpFormatter,
     )
     return parser.format_help()
@@ -93,6 +103,15 @@ def _size_list() -> str:
     return "\n".join(["sizes (--model_type):", *sizes])
 
 
+def _variable_and_doctor_lists() -> tuple[str, str]:
+    variables = [f"  {variable:14}--{name}" for variable, name in FLAG_VARIABLES.items()]
+    doctor = [f"  {flags:26}{text}" for flags, text in DOCTOR_FLAGS.items()]
+    return (
+        "\n".join(["environment variables that stand for flags (a flag wins):", *variables]),
+        "\n".join(["instead of a training:", *doctor]),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
     """A command line as read.
@@ -107,6 +126,16 @@ class CommandLine:
 
     def config(self) -> TrainConfig:
         return TrainConfig(**self.given)
+
+
+def wants_doctor(argv: Sequence[str]) -> bool:
+    return "--doctor" in argv
+
+
+def become_doctor(argv: Sequence[str]) -> NoReturn:
+    """Go on as the doctor, whose flags are the other words."""
+    words = [word for word in argv if word != "--doctor"]
+    os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *words])
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -185,7 +214,7 @@ def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
             )
             names = dict.fromkeys("--" + name.lstrip("_") for name in close)
             hint = f"did you mean {' or '.join(names)}?" if names else "see --help"
-            found.append(f"{flag} is no flag: {hint}")
+            found.append(f"unknown flag {flag}: {hint}")
         elif not after_unknown_flag:
             found.append(f"{word!r} belongs to no flag: put the flag's name before it, see --help")
         after_unknown_flag = is_flag and "=" not in word
@@ -199,27 +228,73 @@ def report(found: Sequence[str], file: TextIO | None = None) -> None:
     print("\n".join([*lines, "All flags are explained by --help."]), file=file or sys.stderr, flush=True)
 
 
-def read_config(argv: Sequence[str]) -> TrainConfig:
-    """Read the command line of one rank (or of a plain ``python``): resolved and checked.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asked for, by flags and by environment variables.
 
-    Where it is wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help`` exits
-    with 0. ``run_name`` is None when it was not given, since all ranks must agree on it: see
-    :meth:`TrainConfig.named`.
+    Attributes:
+        line: all of it; a flag wins over its variable.
+        flags: the settings that were given as flags.
+        notices: what the user is told before anything starts.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+
+    line: CommandLine
+    flags: frozenset[str]
+    notices: tuple[str, ...]
+
+
+def read_request(argv: Sequence[str], environ: Mapping[str, str]) -> Request:
+    """Settings from flags and variables; what cannot be read is among the line's problems."""
+    flags = read_flags(without_obsolete(argv))
+    variables = _read_variables(environ, except_for=flags.given)
+    line = CommandLine({**variables.given, **flags.given}, [*flags.problems, *variables.problems])
+    return Request(line, frozenset(flags.given), tuple(obsolete_notices(argv, environ)))
+
+
+def _read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -> CommandLine:
+    """The settings that environment variables give; an empty one gives none, nor does one behind a flag."""
+    hints, given, found = get_type_hints(TrainConfig), {}, []
+    for variable, name in FLAG_VARIABLES.items():
+        if environ.get(variable) and name not in except_for:
+            try:
+                given[name] = read_value(name, environ[variable], hints[name], label=variable)
+            except ValueError as error:
+                found.append(str(error))
+    return CommandLine(given, found)
+
+
+def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
+    """Read the settings of one rank (or of a plain ``python``): resolved and checked.
+
+    Where they are wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help``
+    exits with 0. ``run_name`` is None when it was not given, since all ranks must agree on it: see
+    :meth:`TrainConfig.named`.
+
+    Args:
+        environ: where variables that stand for flags are looked for; default: nowhere.
+    """
+    environ, job = environ or {}, read_job()
+    speaks = job.rank == 0 or bool(job.problems)  # ranks that are not one job do not know who tells
+    if wants_doctor(argv):
+        if speaks:
+            become_doctor(argv)
+        sys.exit(0)
     if wants_help(argv):
         if speaks:
             print(help_text("train_gpt_demo.py"), end="")
         sys.exit(0)
-    line = read_flags(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    config, found = judge(line, world_size, local_world_size)
-    if config.max_restarts > 0 and WATCH_VARIABLE not in os.environ:
+    request = read_request(argv, environ)
+    config, found = judge(request.line, job.world_size, job.local_world_size)
+    found = [*job.problems, *(name_variables(problem, environ, request.flags) for problem in found)]
+    watched = WATCH_VARIABLE in os.environ  # the launcher has told its notices
+    if config.max_restarts > 0 and not watched:
         found.append(
             f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
             f" or torchrun's own --max-restarts={config.max_restarts}"
         )
+    if speaks and not watched:
+        for line in (*request.notices, *job.notes, *_ignored_ranks(environ, job)):
+            print(line, file=sys.stderr, flush=True)
     if found:
         if speaks:
             report(found)
@@ -227,6 +302,16 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
             time.sleep(TELLING_SECONDS)  # torchrun ends all ranks at the first that ends, and rank 0 has to speak
         sys.exit(CONFIG_ERROR)
     return config
+
+
+def _ignored_ranks(environ: Mapping[str, str], job: JobPlace) -> Iterator[str]:
+    wanted = environ.get("GPUNUM", "")
+    if wanted and wanted != str(job.local_world_size):
+        here = f"{job.local_world_size} rank{'s' * (job.local_world_size > 1)}"
+        yield (
+            f"warning: GPUNUM={wanted} is ignored: this machine has {here} already; use bash run_gemini.sh, or"
+            f" torchrun --nproc_per_node {wanted}"
+        )
 
 
 def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[TrainConfig, list[str]]:

@@ -42,6 +42,7 @@ import torch.distributed as dist
 
 from commons.config.auto import compile_problem, peer_problems
 from commons.distributed.peer_memory import GpuPeers, HostPeers, Peers
+from commons.lifecycle.job import read_job
 from commons.lifecycle.notices import say
 from commons.lifecycle.outcome import RunError
 
@@ -195,8 +196,7 @@ def find_peers(config: TrainConfig, device: Device) -> Peers | None:
     Raises:
         RunError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
     """
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-    possible = not any(peer_problems(config, device.world_size, local_world_size))
+    possible = not any(peer_problems(config, device.world_size, read_job().local_world_size))
     # who has taken peer access from NCCL has had a reason
     by_itself = possible and device.type == "cuda" and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
     if config.peer_copies == "off" or (config.peer_copies == "auto" and not by_itself):

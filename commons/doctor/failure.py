@@ -15,6 +15,7 @@ import traceback
 from types import TracebackType
 
 from commons.doctor.diagnosis import matching_symptoms
+from commons.lifecycle.job import read_job
 from commons.lifecycle.suite_root import python_path
 
 EXPLAIN_SECONDS = 40.0  # torch may have to be imported, on a machine that is in trouble
@@ -66,7 +67,7 @@ def _show(kind: type[BaseException], error: BaseException, frames: TracebackType
         print(message, file=sys.stderr, flush=True)
     else:
         traceback.print_exception(kind, error, frames)
-    if told_by_launcher or not issubclass(kind, Exception) or os.environ.get("LOCAL_RANK", "0") != "0":
+    if told_by_launcher or not issubclass(kind, Exception) or read_job().local_rank != 0:
         return  # every rank of a machine would say the same
     causes = explanation(message)
     if causes:
@@ -76,4 +77,4 @@ def _show(kind: type[BaseException], error: BaseException, frames: TracebackType
 
 
 def _under_launcher() -> bool:
-    return os.environ.get("TORCHELASTIC_RUN_ID") == LAUNCHER_RUN_ID
+    return read_job().run_id == LAUNCHER_RUN_ID

@@ -13,23 +13,24 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from commons.cli.checks import why_no_gpu
 from commons.cli.flags import (
     CONFIG_ERROR,
-    CommandLine,
+    become_doctor,
     find_devices,
     help_text,
     judge,
-    read_flags,
-    read_value,
+    read_request,
     report,
+    wants_doctor,
     wants_help,
 )
+from commons.cli.variables import name_variables
 from commons.config.schema import TrainConfig
 from commons.doctor import explain_uncaught, explanation, needs_no_traceback
 from commons.launch.console_copy import ConsoleCopy
@@ -49,19 +50,6 @@ PROG = "run_gemini.sh"
 EARLY_SECONDS = 3  # half of what torchrun's engine waits before it kills ranks itself
 TRAINING_SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt_demo.py"
 
-# Environment variables and the flags that they are another spelling of.
-FLAG_VARIABLES = {
-    "DISTPLAN": "distplan",
-    "MODEL_TYPE": "model_type",
-    "BATCH_SIZE": "batch_size",
-    "TRAIN_STEP": "train_step",
-    "TPDEGREE": "tp_degree",
-    "PPDEGREE": "pp_degree",
-    "PLACEMENT": "placement",
-    "SEQ_LEN": "seq_len",
-    "PRECISION": "precision",
-}
-
 # Environment variables that say what to start; they have no flag.
 JOB_VARIABLES = {
     "GPUNUM": "processes on this machine, one a GPU (default: what the degrees need; without a GPU at least 2)",
@@ -70,17 +58,6 @@ JOB_VARIABLES = {
     "MASTER_ADDR": "name or address of machine 0",
     "MASTER_PORT": f"a free port there (default: {DEFAULT_PORT})",
 }
-
-# What looks at this machine instead of starting anything; see commons/doctor.
-DOCTOR_FLAGS = {
-    "--doctor": "what would keep a training from running here, and its cure",
-    "--doctor --json": "the same for programs",
-    "--doctor --failure TEXT": "what here may have caused this error",
-}
-
-# Settings of the Colossal-AI example's launcher that mean nothing here.
-OBSOLETE_VARIABLES = {"USE_SHARD_INIT": "models are always built without filling memory first, where that helps"}
-OBSOLETE_FLAGS = {"--shardinit": OBSOLETE_VARIABLES["USE_SHARD_INIT"]}
 
 
 @dataclass(frozen=True)
@@ -105,11 +82,10 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
     0: trained. 1, or the rank's own code: a rank failed or hung, or the machines did not meet. 2: wrong
     settings, nothing was started. 128 + n: ended by signal n.
     """
-    if "--doctor" in argv:
-        arguments = [word for word in argv if word != "--doctor"]
-        os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *arguments])
+    if wants_doctor(argv):
+        become_doctor(argv)
     if wants_help(argv):
-        print(help_text(PROG, *variable_lists()), end="")
+        print(help_text(PROG, variable_list()), end="")
         return 0
     try:
         stop = StopSignals()
@@ -125,59 +101,23 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
         return 128 + stopped.signum
 
 
-def variable_lists() -> tuple[str, ...]:
-    """The sections of --help about environment variables."""
-    flags = [f"  {variable:14}--{name}" for variable, name in FLAG_VARIABLES.items()]
+def variable_list() -> str:
+    """The section of --help about the environment variables that only this entry point reads."""
     jobs = [f"  {variable:14}{text}" for variable, text in JOB_VARIABLES.items()]
-    return (
-        "\n".join(["environment variables that stand for flags (a flag wins):", *flags]),
-        "\n".join(["environment variables that say what is started:", *jobs]),
-        "\n".join(["instead of a training:", *(f"  {flags:26}{text}" for flags, text in DOCTOR_FLAGS.items())]),
-    )
+    return "\n".join(["environment variables that say what is started:", *jobs])
 
 
 def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch, list[str]]:
     """Settings from flags and variables, and every problem with them. Starts, makes and prints nothing."""
-    notices = list(_obsolete(argv, environ))
-    flags = read_flags([word for word in argv if word not in OBSOLETE_FLAGS])
-    variables = read_variables(environ, except_for=flags.given)
-    line = CommandLine({**variables.given, **flags.given}, [*flags.problems, *variables.problems])
+    request = read_request(argv, environ)
+    line, notices = request.line, list(request.notices)
     device_type, _ = find_devices(line.config().device)
     nodes, node_problems = read_nodes(environ, line.config().model_parallel_size, device_type)
     config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
-    found = [_name_variable(problem, environ, flags.given) for problem in found]
+    found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
         notices.append(_no_gpu_notice(config, nodes))
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
-
-
-def _obsolete(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[str]:
-    given = [name for name in OBSOLETE_VARIABLES if environ.get(name)]
-    given += [flag for flag in OBSOLETE_FLAGS if flag in argv]
-    for name in given:
-        yield (f"warning: {name} has no meaning any more and is ignored: {(OBSOLETE_VARIABLES | OBSOLETE_FLAGS)[name]}")
-
-
-def read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -> CommandLine:
-    """The settings that environment variables give; an empty one gives none, nor does one behind a flag."""
-    hints, given, found = get_type_hints(TrainConfig), {}, []
-    for variable, name in FLAG_VARIABLES.items():
-        if environ.get(variable) and name not in except_for:
-            try:
-                given[name] = read_value(name, environ[variable], hints[name], label=variable)
-            except ValueError as error:
-                found.append(str(error))
-    return CommandLine(given, found)
-
-
-def _name_variable(problem: str, environ: Mapping[str, str], flags: Mapping[str, Any]) -> str:
-    """Add which variables a problem comes from: the user never typed the flags that it speaks of."""
-    sources = [
-        f"{variable}={environ[variable]}"
-        for variable, name in FLAG_VARIABLES.items()
-        if environ.get(variable) and name not in flags and re.search(rf"--{name}\b", problem)
-    ]
-    return f"{problem} [{', '.join(sources)} in the environment]" if sources else problem
 
 
 def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type: str) -> tuple[Nodes, list[str]]:

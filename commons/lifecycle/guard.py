@@ -23,13 +23,13 @@ from typing import NoReturn
 
 from commons.lifecycle import leaving
 from commons.lifecycle.heartbeat import MOST_MARGIN_SECONDS, Pulse, patience_seconds
+from commons.lifecycle.job import read_job
 from commons.lifecycle.outcome import (
     FAILURE,
     FINISHED,
     STOP_SIGNALS,
     Ended,
     RunError,
-    attempt_number,
     leave_note,
     stopped_by,
 )
@@ -50,7 +50,7 @@ class Guard:
     """
 
     def __init__(self, pulse: Pulse | None = None, watched: bool = False) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = read_job().rank
         self.watched = watched
         self.signum = 0
         self.ended = FINISHED
@@ -247,7 +247,8 @@ def _shared_pulse(folder: Path) -> Pulse | None:
     """The pulse that the launcher reads, and before its first beat the answer to SIGUSR2; None where the
     folder cannot be written to.
     """
-    place = (attempt_number(), int(os.environ.get("RANK", "0")))
+    here = read_job()
+    place = (here.attempt, here.rank)
     try:
         stack = open(stack_path(folder, *place), "w")  # noqa: SIM115  open as long as the process
         faulthandler.register(signal.SIGUSR2, stack, all_threads=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
+
+from commons.lifecycle.job import read_job
 
 
 def say(line: str) -> None:
     """Tell the user, once a job."""
-    if os.environ.get("RANK", "0") == "0":
+    if read_job().rank == 0:
         print(line, file=sys.stderr, flush=True)

@@ -25,7 +25,6 @@ HOW = ("finished", "bad steps", "failed", "hung")  # and the names of STOP_SIGNA
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 FAILURE = 1
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torchrun's engine looks for what a rank died of
-ATTEMPT_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 
 class RunError(Exception):
@@ -57,15 +56,6 @@ def stopped_by(signum: int, steps_done: int | None, steps: int) -> Ended:
     name = signal.Signals(signum).name
     how_far = f" after step {steps_done} of {steps}" if steps_done else " before the first step was done"
     return Ended(name, f"Stopped by {name}{'' if steps_done is None else how_far}.", 128 + signum)
-
-
-def attempt_number(environ: Mapping[str, str] = os.environ) -> int:
-    """Which attempt this is, from 1; more than 1 after a restart by torchrun's engine."""
-    return int(environ.get(ATTEMPT_VARIABLE, "0")) + 1
-
-
-def attempts_allowed(environ: Mapping[str, str] = os.environ) -> int:
-    return int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) + 1
 
 
 def leave_note(ended: Ended) -> None:

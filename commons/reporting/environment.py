@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from commons.lifecycle.job import read_job
 from commons.lifecycle.suite_root import SUITE_ROOT
 
 # The packages whose version can change a number or a crash.
@@ -206,7 +207,7 @@ def typed(argv: Sequence[str]) -> str:
 
 def _launcher_command(environ: Mapping[str, str]) -> str | None:
     """The command line of the process that started the ranks; None where there was no launcher."""
-    if "TORCHELASTIC_RUN_ID" not in environ:
+    if not read_job(environ).run_id:
         return None
     return typed(Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0"))
 

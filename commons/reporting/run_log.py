@@ -15,7 +15,8 @@ from typing import Any
 
 from commons.config.schema import TrainConfig
 from commons.lifecycle.guard import Guard
-from commons.lifecycle.outcome import Ended, attempt_number
+from commons.lifecycle.job import read_job
+from commons.lifecycle.outcome import Ended
 from commons.reporting.header import RunHeader
 from commons.reporting.record import StepRecord
 from commons.reporting.sinks.registry import open_sinks
@@ -42,14 +43,14 @@ class RunLog:
     def finish(self, ended: Ended) -> None:
         """Report to every sink."""
         if self._reporting.acquire(blocking=False):
-            summary = summary_of(self.records, self._config, ended, attempt_number())
+            summary = summary_of(self.records, self._config, ended, read_job().attempt)
             for sink in self._sinks:
                 sink.report(summary)
 
     def break_off(self, ended: Ended) -> None:
         """Write summary.json and nothing else, unless it is being written already; from any thread."""
         if self._sinks and self._reporting.acquire(blocking=False):
-            write_summary(self._config.run_dir, list(self.records), self._config, ended, attempt_number())
+            write_summary(self._config.run_dir, list(self.records), self._config, ended, read_job().attempt)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def open_log(config: TrainConfig, header: RunHeader, guard: Guard) -> Iterator[R
     that cannot wait for the step to end.
     """
     if guard.rank == 0:
-        begin_attempt(config.run_dir, attempt_number())
+        begin_attempt(config.run_dir, read_job().attempt)
     with open_sinks(config, header, guard.rank) as sinks:
         log = RunLog(config, sinks)
         guard.last_words = log.break_off

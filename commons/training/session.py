@@ -9,7 +9,7 @@ from commons.config.auto import wants_graph
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
-from commons.lifecycle.outcome import attempt_number, attempts_allowed
+from commons.lifecycle.job import read_job
 from commons.plans.registry import PLANS, Plan
 from commons.plans.trainable import PipelinedTrainable, Trainable
 from commons.reporting.header import RunHeader
@@ -128,5 +128,5 @@ def _group_line(name: str, ranks: Sequence[int]) -> str:
 
 
 def _attempt_note() -> tuple[str, ...]:
-    attempt = attempt_number()
-    return (f"attempt {attempt} of {attempts_allowed()}",) if attempt > 1 else ()
+    job = read_job()
+    return (f"attempt {job.attempt} of {job.attempts_allowed}",) if job.attempt > 1 else ()

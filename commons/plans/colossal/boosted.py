@@ -10,9 +10,10 @@ from torch import nn
 
 from commons.config.auto import EAGER_STEPS, wants_compile, wants_functions, wants_graph
 from commons.config.schema import TrainConfig
-from commons.distributed.device import Device, compute_dtype, every_rank
+from commons.distributed.device import Device, compute_dtype
 from commons.distributed.layout import Place, check_mesh
 from commons.distributed.peer_copies import find_peers
+from commons.distributed.process_group import every_rank
 from commons.lifecycle.notices import say
 from commons.model.compile import functions_for, run_as_functions
 from commons.model.cuda_graph import StepGraph, has_room, join
