@@ -7,7 +7,10 @@ One rank of a run. ``bash run_gemini.sh`` starts all of them; so does
 
 from __future__ import annotations
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig

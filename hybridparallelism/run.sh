@@ -6,7 +6,7 @@
 #     TPDEGREE=4 PPDEGREE=2 GPUNUM=16 bash run.sh     TP 4 x PP 2 x DP 2
 
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(dirname "$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")")"
 
 # With fewer than four GPUs: TP on two of them, or on one nothing to split.
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"

@@ -31,7 +31,7 @@ SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run
 # Everything that the scripts call; a machine's PATH holds these and the interpreters that a test puts there.
 TOOLS = (
     "bash", "cat", "cut", "date", "df", "dirname", "env", "find", "flock", "grep", "head", "ls", "mkdir",
-    "rm", "sed", "sha256sum", "sleep", "tail", "timeout", "tr", "uname",
+    "readlink", "rm", "sed", "sha256sum", "sleep", "tail", "timeout", "tr", "uname",
 )  # fmt: skip
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
 TIMEOUT_SECONDS = 240
@@ -249,7 +249,7 @@ def test_a_torch_that_the_driver_can_run(
 
 
 def test_a_doctor_that_cannot_tell_leaves_the_pins(machine: Machine) -> None:
-    (machine.repo / "commons" / "doctor").mkdir()
+    (machine.repo / "commons" / "doctor").mkdir(exist_ok=True)
     (machine.repo / "commons" / "doctor" / "__main__.py").write_text("print('2.10.0; touch x')\nprint('why')\n")
     done = machine.install()
     assert_ready(done, machine.venv / "bin/python")
@@ -453,6 +453,18 @@ def test_old_colossalai_is_an_error_with_the_cure(machine: Machine, active: Path
     assert_one_error(done, "colossalai 0.4.9 cannot work", "pip install --no-deps colossalai==0.5.0")
 
 
+def test_what_the_current_folder_holds_is_not_run(machine: Machine, tmp_path: Path) -> None:
+    """Python's `-m` takes modules from there first."""
+    hostile = tmp_path / "x"
+    for name in ("pip", "venv", "ensurepip", "commons"):
+        (hostile / name).mkdir(parents=True)
+        (hostile / name / "__init__.py").write_text("raise SystemExit('code of the current folder was run')\n")
+
+    done = machine.run(str(machine.repo / "install.sh"), cwd=hostile)
+
+    assert_ready(done, machine.venv / "bin/python")
+
+
 # ---- what a machine can lack
 
 
@@ -614,7 +626,7 @@ def test_which_installs_nothing(machine: Machine, active: Path) -> None:
 
 STUB = """
 import os, sys
-print(__spec__.name.removesuffix(".__main__"), sys.argv[1:], os.getcwd())
+print(".".join(os.path.dirname(__file__).split(os.sep)[-2:]), sys.argv[1:], os.getcwd())
 print(*(f"{name}={os.environ.get(name)}" for name in ("DISTPLAN", "TPDEGREE", "PPDEGREE", "GPUNUM")))
 sys.exit(7)
 """
@@ -622,7 +634,7 @@ sys.exit(7)
 
 @pytest.fixture
 def stubbed(installed: Machine) -> Machine:
-    for module in ("launch/launcher", "doctor/__main__"):
+    for module in ("launch/__main__", "doctor/__main__"):
         path = installed.repo / f"commons/{module}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STUB)
@@ -633,7 +645,7 @@ def test_run_gemini_passes_flags_and_exit_code_on(stubbed: Machine, tmp_path: Pa
     done = stubbed.run(str(stubbed.repo / "run_gemini.sh"), "--run-name", "two words", cwd=tmp_path)
 
     assert done.returncode == 7
-    assert done.stdout.startswith(f"commons.launch.launcher ['--run-name', 'two words'] {tmp_path}\n")
+    assert done.stdout.startswith(f"commons.launch ['--run-name', 'two words'] {tmp_path}\n")
     assert done.stderr == ""
 
 

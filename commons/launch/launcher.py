@@ -31,7 +31,8 @@ from commons.cli.flags import (
     wants_help,
 )
 from commons.config.schema import TrainConfig
-from commons.doctor import explain_uncaught, explanation, needs_no_traceback
+from commons.doctor import explanation, needs_no_traceback
+from commons.doctor.failure import DOCTOR
 from commons.launch.console_copy import ConsoleCopy
 from commons.launch.lifeline import Lifeline
 from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
@@ -107,7 +108,7 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
     """
     if "--doctor" in argv:
         arguments = [word for word in argv if word != "--doctor"]
-        os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *arguments])
+        os.execv(sys.executable, [sys.executable, DOCTOR, *arguments])
     if wants_help(argv):
         print(help_text(PROG, *variable_lists()), end="")
         return 0
@@ -501,8 +502,3 @@ def _ending(failure: ProcessFailure) -> str:
     if name != "SIGKILL":
         return f"killed by {name}"
     return f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower --batch_size"
-
-
-if __name__ == "__main__":
-    explain_uncaught()
-    sys.exit(main(sys.argv[1:]))
