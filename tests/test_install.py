@@ -27,7 +27,7 @@ from commons.doctor import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
-SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run.sh")
+SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run.sh", "launchers/visible_gpus.sh")
 # Everything that the scripts call; a machine's PATH holds these and the interpreters that a test puts there.
 TOOLS = (
     "bash", "cat", "cut", "date", "df", "dirname", "env", "find", "flock", "grep", "head", "ls", "mkdir",
@@ -684,6 +684,9 @@ def test_doctor_needs_no_environment(stubbed: Machine, flags: list[str], passed_
         (2, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=None"),
         (8, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
         (8, {"TPDEGREE": "4", "GPUNUM": "8"}, "DISTPLAN=CAI_Hybrid TPDEGREE=4 PPDEGREE=2 GPUNUM=8"),
+        (8, {"CUDA_VISIBLE_DEVICES": "0,1"}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=None"),
+        (8, {"CUDA_VISIBLE_DEVICES": "3"}, "DISTPLAN=CAI_Hybrid TPDEGREE=1 PPDEGREE=1 GPUNUM=None"),
+        (8, {"CUDA_VISIBLE_DEVICES": "-1"}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
     ],
 )
 def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], expected: str) -> None:
@@ -696,6 +699,26 @@ def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], e
 
     assert done.returncode == 7, done.stderr
     assert done.stdout.splitlines()[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        ("0,1", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("1, 3", 2), ("7,8", 1), ("08,1", 0), ("no", 0),
+        ("GPU-8932f937,GPU-aa", 2), ("MIG-GPU-1/2/3", 1), (None, 8),
+    ],
+)  # fmt: skip
+def test_what_is_visible_is_counted(machine: Machine, visible: str | None, count: int) -> None:
+    script = str(machine.repo / "launchers/visible_gpus.sh")
+    environ = machine.environ() | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+    def counted(*arguments: str) -> str:
+        command = ["bash", script, *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+
+    assert (counted("8"), counted()) == (f"{count}\n", "0\n"), "no GPU is to be seen where there is none"
+    machine.put("nvidia-smi", 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA H200 (UUID: GPU-$gpu)"; done')
+    assert counted() == f"{count}\n"
 
 
 def is_running(pid: int) -> bool:
