@@ -19,7 +19,7 @@
 
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
+root="$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 venv="${GEMINI_VENV:-$root/.venv}"
 [[ $venv == /* ]] || venv="$PWD/$venv"
 lock_file="$venv/install.lock"
@@ -40,12 +40,13 @@ findings=""        # what the last `check` printed
 untested_python="" # an active interpreter that would do, though its versions were not tested
 last_state=""      # what state_file held before an update
 told=""            # yes: the user knows why it failed
+failure=1          # the exit code of a failure; 2 where it is the user's setting
 
 say() { printf 'install.sh: %s\n' "$*" >&2; }
 fail() {
     told=yes
     say "error: $*"
-    exit 1
+    exit "$failure"
 }
 
 # ---- what is there
@@ -198,6 +199,8 @@ record() {
 # lock: one install at a time for one .venv; the kernel lets go of it even if we are killed.
 lock() {
     local problem
+    [[ $venv != *:* ]] || failure=2 fail "$venv cannot hold a Python environment, which allows no ':' in its path:" \
+        "set GEMINI_VENV to a folder without, or activate an environment that has the packages"
     [[ -d $venv || ! -e $venv ]] || fail "$venv is not a folder: move it away, or set GEMINI_VENV to another place"
     problem="$( (mkdir -p "$venv" && : >>"$lock_file") 2>&1)" || explain "cannot make $venv" "$problem"
     exec 9>>"$lock_file"
@@ -227,7 +230,9 @@ require_room() {
 
 # choose_base: set $base to an interpreter that can make .venv, the best on PATH, or say what is missing.
 choose_base() {
+    # what the current folder happens to hold is none of Python's modules: here, and with -I below
     local probe='import sys
+"" in sys.path and sys.path.remove("")
 try:
     import ensurepip, venv
 except ImportError:
@@ -269,8 +274,8 @@ new_venv() {
         ! -name "${state_file##*/}" ! -name "${lock_file##*/}" -exec rm -rf {} +
     say "[1/3] making $venv with $("$base" --version) ($base)"
     # in two steps, since venv keeps to itself why pip could not be put in
-    run_or_explain "cannot make $venv" "$base" -m venv --without-pip "$venv"
-    run_or_explain "cannot make $venv" "$venv/bin/python" -m ensurepip --default-pip
+    run_or_explain "cannot make $venv" "$base" -I -m venv --without-pip "$venv"
+    run_or_explain "cannot make $venv" "$venv/bin/python" -I -m ensurepip --default-pip
 }
 
 # make_venv: an interpreter with pip in $venv, whatever is there now.
@@ -290,8 +295,8 @@ make_venv() {
     elif [[ -n $works ]]; then
         say "completing $venv, which install.sh did not make"
         record adopted
-        "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
-            run_or_explain "$venv has no pip" "$venv/bin/python" -m ensurepip --default-pip
+        "$venv/bin/python" -I -m pip --version >/dev/null 2>&1 ||
+            run_or_explain "$venv has no pip" "$venv/bin/python" -I -m ensurepip --default-pip
     elif [[ $state == "done" || -z "$(ls -A -I "${lock_file##*/}" "$venv")" ]]; then
         last_state=""
         new_venv
@@ -306,7 +311,7 @@ pip_install() {
     local bar=on
     [[ -t 2 ]] || bar=off
     run_or_explain "pip could not install $1" env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET PIP_USER=0 BUILD_EXT=0 \
-        "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar "$bar" "${@:2}"
+        "$venv/bin/python" -I -m pip install --no-input --disable-pip-version-check --progress-bar "$bar" "${@:2}"
 }
 
 # choose_torch: print requirements.txt, with another torch where this machine's driver or GPU cannot run the pinned one.
@@ -314,7 +319,7 @@ pip_install() {
 choose_torch() {
     local pinned answer version reason
     pinned="$(sed -n 's/^torch==//p' "$root/requirements.txt")"
-    answer="$(cd "$root" && timeout 60 "$venv/bin/python" -m commons.doctor --torch-for "$pinned" 2>/dev/null)" || answer=""
+    answer="$(timeout 60 "$venv/bin/python" "$root/commons/doctor" --torch-for "$pinned" 2>/dev/null)" || answer=""
     { read -r version && read -r reason; } <<<"$answer" || true
     [[ -z ${reason:-} ]] || say "torch ${version:=$pinned}: $reason"
     [[ ${version:-} =~ ^[0-9][0-9.]*$ ]] || version="$pinned"

@@ -8,12 +8,11 @@
 #     bash run_gemini.sh --doctor [--json] [--failure "the error's text"] why does it not start?
 #
 # Variables: DISTPLAN MODEL_TYPE BATCH_SIZE TRAIN_STEP GPUNUM TPDEGREE PPDEGREE PLACEMENT SEQ_LEN PRECISION, and for
-# more than one machine NNODES NODE_RANK MASTER_ADDR MASTER_PORT. They are read by commons/launch/launcher.py.
+# more than one machine NNODES NODE_RANK MASTER_ADDR MASTER_PORT. They are read by commons/launch.
 # The first start installs what is needed (install.sh). The exit code is the training's.
 
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+root="$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
 doctor="" others=() # --doctor stands anywhere, among flags that are the doctor's own then
 for word in "$@"; do
@@ -27,8 +26,9 @@ if [[ -n $doctor ]]; then
         echo "run_gemini.sh: error: no Python found: apt-get install python3 python3-venv" >&2
         exit 1
     fi
-    exec "$python" -m commons.doctor ${others[@]+"${others[@]}"}
+    exec "$python" "$root/commons/doctor" ${others[@]+"${others[@]}"}
 fi
 
 python="$(bash "$root/install.sh")"
-exec "$python" -m commons.launch.launcher "$@"
+# By its path: a module's name would be looked up in the current folder first.
+exec "$python" "$root/commons/launch" "$@"

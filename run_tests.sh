@@ -9,7 +9,7 @@
 # that a test left behind is named and killed.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 python="$(bash install.sh --dev)"
 
 # Two ranks with a thread pool each would fight for the cores.

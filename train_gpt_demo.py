@@ -11,6 +11,8 @@ import dataclasses
 import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
+
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import process_group

@@ -140,7 +140,7 @@ def run_case(case: Case, common: list[str]) -> dict:
         command = [
             sys.executable,
             "-m",
-            "commons.launch.launcher",
+            "commons.launch",
             "--log_dir",
             log_dir,
             "--run_name",

@@ -6,10 +6,10 @@
 #     TPDEGREE=4 PPDEGREE=2 GPUNUM=16 bash run.sh     TP 4 x PP 2 x DP 2
 
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+root="$(dirname "$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")")"
 
-# With fewer than four GPUs: TP on two of them, or on one nothing to split.
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+# With fewer than four GPUs to be seen: TP on two of them, or on one nothing to split.
+gpus="$(bash "$root/launchers/visible_gpus.sh")"
 case "$gpus" in
     1) tp=1 pp=1 ;;
     2 | 3) tp=2 pp=1 ;;

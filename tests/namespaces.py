@@ -131,7 +131,7 @@ class NodeRun:
         self.folder.mkdir(parents=True)
         self.log_dir, self._console = self.folder / "logs", self.folder / "screen.txt"
         job = {"NNODES": "2", "NODE_RANK": str(node), "GPUNUM": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "commons.launch.launcher", f"--log_dir={self.log_dir}", *flags]
+        command = [sys.executable, "-m", "commons.launch", f"--log_dir={self.log_dir}", *flags]
         self.started = time.monotonic()
         with self._console.open("wb") as screen:
             self.process = subprocess.Popen(

@@ -105,7 +105,7 @@ def launch(log_dir: Path, *flags: str, ranks: int = 1, **environment: str) -> Fi
     command = [
         sys.executable,
         "-m",
-        "commons.launch.launcher",
+        "commons.launch",
         "--log_dir",
         str(log_dir),
         "--run_name",

@@ -27,11 +27,11 @@ from commons.doctor import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
-SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run.sh")
+SCRIPTS = ("install.sh", "run_gemini.sh", "run_tests.sh", "hybridparallelism/run.sh", "launchers/visible_gpus.sh")
 # Everything that the scripts call; a machine's PATH holds these and the interpreters that a test puts there.
 TOOLS = (
     "bash", "cat", "cut", "date", "df", "dirname", "env", "find", "flock", "grep", "head", "ls", "mkdir",
-    "rm", "sed", "sha256sum", "sleep", "tail", "timeout", "tr", "uname",
+    "readlink", "rm", "sed", "sha256sum", "sleep", "tail", "timeout", "tr", "uname",
 )  # fmt: skip
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
 TIMEOUT_SECONDS = 240
@@ -249,7 +249,7 @@ def test_a_torch_that_the_driver_can_run(
 
 
 def test_a_doctor_that_cannot_tell_leaves_the_pins(machine: Machine) -> None:
-    (machine.repo / "commons" / "doctor").mkdir()
+    (machine.repo / "commons" / "doctor").mkdir(exist_ok=True)
     (machine.repo / "commons" / "doctor" / "__main__.py").write_text("print('2.10.0; touch x')\nprint('why')\n")
     done = machine.install()
     assert_ready(done, machine.venv / "bin/python")
@@ -453,6 +453,18 @@ def test_old_colossalai_is_an_error_with_the_cure(machine: Machine, active: Path
     assert_one_error(done, "colossalai 0.4.9 cannot work", "pip install --no-deps colossalai==0.5.0")
 
 
+def test_what_the_current_folder_holds_is_not_run(machine: Machine, tmp_path: Path) -> None:
+    """Python's `-m` takes modules from there first."""
+    hostile = tmp_path / "x"
+    for name in ("pip", "venv", "ensurepip", "commons"):
+        (hostile / name).mkdir(parents=True)
+        (hostile / name / "__init__.py").write_text("raise SystemExit('code of the current folder was run')\n")
+
+    done = machine.run(str(machine.repo / "install.sh"), cwd=hostile)
+
+    assert_ready(done, machine.venv / "bin/python")
+
+
 # ---- what a machine can lack
 
 
@@ -614,7 +626,7 @@ def test_which_installs_nothing(machine: Machine, active: Path) -> None:
 
 STUB = """
 import os, sys
-print(__spec__.name.removesuffix(".__main__"), sys.argv[1:], os.getcwd())
+print(".".join(os.path.dirname(__file__).split(os.sep)[-2:]), sys.argv[1:], os.getcwd())
 print(*(f"{name}={os.environ.get(name)}" for name in ("DISTPLAN", "TPDEGREE", "PPDEGREE", "GPUNUM")))
 sys.exit(7)
 """
@@ -622,7 +634,7 @@ sys.exit(7)
 
 @pytest.fixture
 def stubbed(installed: Machine) -> Machine:
-    for module in ("launch/launcher", "doctor/__main__"):
+    for module in ("launch/__main__", "doctor/__main__"):
         path = installed.repo / f"commons/{module}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STUB)
@@ -633,7 +645,7 @@ def test_run_gemini_passes_flags_and_exit_code_on(stubbed: Machine, tmp_path: Pa
     done = stubbed.run(str(stubbed.repo / "run_gemini.sh"), "--run-name", "two words", cwd=tmp_path)
 
     assert done.returncode == 7
-    assert done.stdout.startswith(f"commons.launch.launcher ['--run-name', 'two words'] {tmp_path}\n")
+    assert done.stdout.startswith(f"commons.launch ['--run-name', 'two words'] {tmp_path}\n")
     assert done.stderr == ""
 
 
@@ -672,6 +684,9 @@ def test_doctor_needs_no_environment(stubbed: Machine, flags: list[str], passed_
         (2, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=None"),
         (8, {}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
         (8, {"TPDEGREE": "4", "GPUNUM": "8"}, "DISTPLAN=CAI_Hybrid TPDEGREE=4 PPDEGREE=2 GPUNUM=8"),
+        (8, {"CUDA_VISIBLE_DEVICES": "0,1"}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=1 GPUNUM=None"),
+        (8, {"CUDA_VISIBLE_DEVICES": "3"}, "DISTPLAN=CAI_Hybrid TPDEGREE=1 PPDEGREE=1 GPUNUM=None"),
+        (8, {"CUDA_VISIBLE_DEVICES": "-1"}, "DISTPLAN=CAI_Hybrid TPDEGREE=2 PPDEGREE=2 GPUNUM=None"),
     ],
 )
 def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], expected: str) -> None:
@@ -684,6 +699,26 @@ def test_hybrid_defaults(stubbed: Machine, gpus: int, environ: dict[str, Any], e
 
     assert done.returncode == 7, done.stderr
     assert done.stdout.splitlines()[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        ("0,1", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("1, 3", 2), ("7,8", 1), ("08,1", 0), ("no", 0),
+        ("GPU-8932f937,GPU-aa", 2), ("MIG-GPU-1/2/3", 1), (None, 8),
+    ],
+)  # fmt: skip
+def test_what_is_visible_is_counted(machine: Machine, visible: str | None, count: int) -> None:
+    script = str(machine.repo / "launchers/visible_gpus.sh")
+    environ = machine.environ() | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+    def counted(*arguments: str) -> str:
+        command = ["bash", script, *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+
+    assert (counted("8"), counted()) == (f"{count}\n", "0\n"), "no GPU is to be seen where there is none"
+    machine.put("nvidia-smi", 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA H200 (UUID: GPU-$gpu)"; done')
+    assert counted() == f"{count}\n"
 
 
 def is_running(pid: int) -> bool:

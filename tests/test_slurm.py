@@ -19,7 +19,9 @@ SCRIPT = REPOSITORY / "launchers" / "slurm.sbatch"
 SETTINGS = ("--device=cpu", "--model_type=gpt2_tiny", "--warmup_step=1")
 RUN_SECONDS = 150
 
+# Slurm's own words about the job are in a file, where it has any.
 SCONTROL = """#!/bin/sh
+[ "$1 $2 $3" != "show job 4711" ] || exec cat "$0.job"
 [ "$1 $2 $3" = "show hostnames node[1-2]" ] || exit 1
 printf 'localhost\\nnode2\\n'
 """
@@ -35,7 +37,7 @@ nodes = int(dict(option.split("=") for option in options)["--nodes"])
 steps = [
     subprocess.Popen(
         command,
-        env=os.environ | {{"SLURM_NODEID": str(node), "SLURM_PROCID": str(node), "SLURM_GPUS_ON_NODE": "0"}},
+        env=os.environ | {{"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}},
         start_new_session=True,
     )
     for node in range(nodes)
@@ -59,7 +61,7 @@ class Job:
     def __init__(self, folder: Path, *flags: str, **variables: str) -> None:
         self.folder = folder
         binaries = folder / "bin"
-        binaries.mkdir()
+        binaries.mkdir(exist_ok=True)
         for name, text in {
             "scontrol": SCONTROL,
             "srun": SRUN.format(python=sys.executable, folder=str(folder)),
@@ -73,6 +75,7 @@ class Job:
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_GPUS_ON_NODE": "0",
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "MASTER_PORT": free_port(),
             "GEMINI_USE_ACTIVE": "1",
@@ -173,6 +176,29 @@ def test_not_in_the_suite_s_folder(tmp_path: Path) -> None:
     assert job.text.startswith(
         f"slurm.sbatch: error: no run_gemini.sh in {tmp_path}: call sbatch in the suite's folder"
     )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("gpus", [{}, {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}], ids=["", "two of 8"])
+def test_from_any_folder_the_submitted_script_s_own_code(tmp_path: Path, gpus: dict[str, str]) -> None:
+    """Another copy of the suite lies where sbatch was called; Slurm knows which script it was given, a link here."""
+    (tmp_path / "run_gemini.sh").write_text("echo the other suite; exit 9")
+    (tmp_path / "link").symlink_to(REPOSITORY / "launchers")
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "launchers").symlink_to(REPOSITORY / "launchers")
+    submitted = tmp_path / "suite" / "launchers" / "slurm.sbatch"
+    words = f"JobId=4711 JobName=gemini\n   Command={submitted} --train_step 3\n   WorkDir={tmp_path}\n"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol.job").write_text(words)
+    job = Job(tmp_path, "--help" if not gpus else "--train_step=3", SLURM_SUBMIT_DIR=str(tmp_path), **gpus)
+    try:
+        code = job.wait()
+        if gpus:  # two ranks a node are two GPUs
+            assert code == 0 and "ranks    4 = dp 4" in job.text, job.text
+        else:
+            assert code == 0 and job.text.count("usage: run_gemini.sh") == 2, job.text
+    finally:
+        job.end()
 
 
 def test_what_slurm_is_asked_for() -> None:

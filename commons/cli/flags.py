@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_typ
 from commons.cli.checks import LIMITS, nearest, problems
 from commons.cli.variables import FLAG_VARIABLES, name_variables, obsolete_notices, without_obsolete
 from commons.config.schema import FLAG_GROUPS, TrainConfig
+from commons.doctor.failure import DOCTOR
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace, read_job
 
@@ -135,7 +136,7 @@ def wants_doctor(argv: Sequence[str]) -> bool:
 def become_doctor(argv: Sequence[str]) -> NoReturn:
     """Go on as the doctor, whose flags are the other words."""
     words = [word for word in argv if word != "--doctor"]
-    os.execv(sys.executable, [sys.executable, "-m", "commons.doctor", *words])
+    os.execv(sys.executable, [sys.executable, DOCTOR, *words])
 
 
 def wants_help(argv: Sequence[str]) -> bool:

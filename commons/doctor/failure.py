@@ -16,11 +16,12 @@ from types import TracebackType
 
 from commons.doctor.diagnosis import matching_symptoms
 from commons.lifecycle.job import read_job
-from commons.lifecycle.suite_root import python_path
+from commons.lifecycle.suite_root import SUITE_ROOT
 
 EXPLAIN_SECONDS = 40.0  # torch may have to be imported, on a machine that is in trouble
 LONGEST_MESSAGE = 4000
-LAUNCHER_RUN_ID = "run_gemini"  # of torchrun's engine, under commons.launch.launcher
+LAUNCHER_RUN_ID = "run_gemini"  # of torchrun's engine, under commons.launch
+DOCTOR = str(SUITE_ROOT / "commons" / "doctor")  # by its path: a module's name is looked up in the current folder first
 
 
 def needs_no_traceback(message: str) -> bool:
@@ -32,11 +33,10 @@ def explanation(message: str, seconds: float = EXPLAIN_SECONDS) -> str:
     """The findings that may have caused this error, as text; empty where there are none, or not in time."""
     if not matching_symptoms(message):
         return ""
-    command = [sys.executable, "-m", "commons.doctor", "--failure", message[-LONGEST_MESSAGE:].replace("\0", "")]
+    command = [sys.executable, DOCTOR, "--failure", message[-LONGEST_MESSAGE:].replace("\0", "")]
     try:
         doctor = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": python_path(os.environ)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -56,7 +56,7 @@ def explanation(message: str, seconds: float = EXPLAIN_SECONDS) -> str:
 
 def explain_uncaught() -> None:
     """From here on an exception that ends this process is explained: under plain torchrun or python by the
-    process itself, under commons.launch.launcher by that, once for all ranks."""
+    process itself, under commons.launch by that, once for all ranks."""
     sys.excepthook = _show
 
 

@@ -27,7 +27,7 @@ def refusal(oldest):
         "error: this suite needs Python " + wanted + " or newer; this is Python " + running + ", " + sys.executable
     ]
     if found:
-        lines.append('try: PYTHONPATH="' + SUITE + '" "' + found[-1] + '" -m commons.doctor')
+        lines.append('try: "' + found[-1] + '" "' + os.path.join(SUITE, "commons", "doctor") + '"')
     else:
         lines.append("try: sudo apt-get install python3." + str(oldest[1]) + " python3." + str(oldest[1]) + "-venv")
     return "\n".join(lines)

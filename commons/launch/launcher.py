@@ -32,7 +32,7 @@ from commons.cli.flags import (
 )
 from commons.cli.variables import name_variables
 from commons.config.schema import TrainConfig
-from commons.doctor import explain_uncaught, explanation, needs_no_traceback
+from commons.doctor import explanation, needs_no_traceback
 from commons.launch.console_copy import ConsoleCopy
 from commons.launch.lifeline import Lifeline
 from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
@@ -441,8 +441,3 @@ def _ending(failure: ProcessFailure) -> str:
     if name != "SIGKILL":
         return f"killed by {name}"
     return f"killed by {name}, often because the machine ran out of memory: see `dmesg | tail`, or lower --batch_size"
-
-
-if __name__ == "__main__":
-    explain_uncaught()
-    sys.exit(main(sys.argv[1:]))
