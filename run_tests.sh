@@ -2,6 +2,7 @@
 # Runs the tests: bash run_tests.sh [pytest's arguments]
 #
 #     bash run_tests.sh                     everything that needs no GPU
+#     bash run_tests.sh --smoke             every plan once, on two CPU ranks: under two minutes on two cores
 #     bash run_tests.sh -m gpu              what needs GPUs (GEMINI_PARITY_OUT=FILE: its parity table in FILE.md)
 #     bash run_tests.sh tests/test_config.py -k placement
 #
@@ -10,6 +11,12 @@
 
 set -euo pipefail
 cd "$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
+
+marked="not gpu and not smoke" # a later -m among the arguments wins
+if [[ ${1:-} == --smoke ]]; then
+    marked="smoke"
+    set -- tests/test_smoke.py "${@:2}" # alone, since collecting the others takes longer than a run
+fi
 python="$(bash install.sh --dev)"
 
 # Two ranks with a thread pool each would fight for the cores.
@@ -42,7 +49,7 @@ sweep() {
 
 # Its own process group: a signal that reaches this script alone ends pytest too.
 set -m
-"$python" -m pytest -m "not gpu" --durations=15 "$@" &
+"$python" -m pytest -m "$marked" --durations=15 "$@" &
 pytest=$!
 trap 'kill -INT -- "-$pytest" 2>/dev/null || true' INT TERM
 trap 'sweep' EXIT

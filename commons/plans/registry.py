@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from commons.plans.trainable import Trainable
 
 ALL_PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
+MODEL_STATES: tuple[str, ...] = ("parameters", "gradients", "optimizer states")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Plan:
         name: as given to ``--distplan``.
         summary: one line for ``--help`` and the README.
         build: wraps model and optimizer (collective).
+        sharded: which of MODEL_STATES are sharded over the data-parallel ranks by default. Each of these ranks holds
+            the whole of the others.
         precisions: what ``--precision`` may be.
         placement: takes ``--placement`` and its fractions.
         tensor_parallel, pipeline: takes ``--tp_degree``, ``--pp_degree`` above 1.
@@ -37,6 +40,7 @@ class Plan:
     name: str
     summary: str
     build: Callable[[TrainConfig, Device], Trainable]
+    sharded: tuple[str, ...]
     precisions: tuple[str, ...] = ALL_PRECISIONS
     placement: bool = False
     tensor_parallel: bool = False
@@ -82,6 +86,7 @@ PLANS: dict[str, Plan] = {
             "CAI_Gemini",
             "Colossal-AI Gemini: parameters, gradients and optimizer states in sharded chunks, on device or host",
             _gemini,
+            MODEL_STATES,
             precisions=("bf16", "fp16", "fp8"),
             placement=True,
             tensor_parallel=True,
@@ -90,19 +95,31 @@ PLANS: dict[str, Plan] = {
             "CAI_Hybrid",
             "Colossal-AI tensor and pipeline parallelism, with ZeRO 0, 1 or 2 over the data-parallel ranks",
             _hybrid,
+            ("optimizer states",),
             precisions=("bf16", "fp16", "fp32"),
             tensor_parallel=True,
             sequence_parallel=True,
             pipeline=True,
         ),
-        Plan("CAI_ZeRO1", "Colossal-AI ZeRO-1: optimizer states sharded", _zero(1)),
-        Plan("CAI_ZeRO2", "Colossal-AI ZeRO-2: optimizer states and gradients sharded", _zero(2)),
-        Plan("Pytorch_DDP", "torch DistributedDataParallel: everything replicated", _torch("ddp")),
-        Plan("Pytorch_ZeRO", "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded", _torch("zero")),
+        Plan("CAI_ZeRO1", "Colossal-AI ZeRO-1: optimizer states sharded", _zero(1), ("optimizer states",)),
+        Plan(
+            "CAI_ZeRO2",
+            "Colossal-AI ZeRO-2: optimizer states and gradients sharded",
+            _zero(2),
+            ("gradients", "optimizer states"),
+        ),
+        Plan("Pytorch_DDP", "torch DistributedDataParallel: everything replicated", _torch("ddp"), ()),
+        Plan(
+            "Pytorch_ZeRO",
+            "torch DDP with ZeroRedundancyOptimizer: optimizer states sharded",
+            _torch("zero"),
+            ("optimizer states",),
+        ),
         Plan(
             "Pytorch_FSDP",
             "torch FSDP2 (fully_shard): parameters, gradients and optimizer states sharded (ZeRO-3)",
             _torch("fsdp"),
+            MODEL_STATES,
             cpu_torch="2.6.0",
         ),
     )
