@@ -95,7 +95,7 @@ def check_calls(here: device.Device) -> None:
     from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
-    from commons.plans.colossal.block_hooks import Region
+    from commons.plans.colossal.regions import Region
 
     counts: Counter = Counter()
 

@@ -22,7 +22,7 @@ from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended, attempt_number, attempts_allowed
 from commons.model.gpt2 import attention_backend
 from commons.plans.registry import PLANS, Plan
-from commons.plans.trainable import PipelinedTrainable, Trainable, Update
+from commons.plans.trainable import Trainable, Update
 from commons.reporting import record as metrics
 from commons.training.tracing import TRACE_FILE, traced
 from model_zoo import ModelShape, padded_parameter_count, parameter_count
@@ -40,7 +40,7 @@ class Session:
     device: Device
     plan: Plan
     shape: ModelShape
-    trainable: Trainable | PipelinedTrainable
+    trainable: Trainable
     peak_flops: float | None
 
     def place(self, rank: int) -> Place:
@@ -205,13 +205,7 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
     total = torch.zeros((), device=session.device.torch_device)
     for index in range(grad_accum):
         with trainable.micro_batch(last=index == grad_accum - 1):
-            clock.mark("forward")
-            if isinstance(trainable, PipelinedTrainable):
-                loss = trainable.forward_backward(stream.take(), 1 / grad_accum)
-            else:
-                loss = trainable.forward(stream.take()) / grad_accum
-                clock.mark("backward")
-                trainable.backward(loss)
+            loss = trainable.forward_backward(stream.take(), 1 / grad_accum, clock.mark)
         stream.draw()  # while the device is still at work
         if loss is not None:
             total += loss.detach()
