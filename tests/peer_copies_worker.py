@@ -336,7 +336,7 @@ class Averages:
         self._delivered = 0
         for owner, name, before in (
             (chunk_gradients, "begin", self._begin),
-            (chunk_gradients, "_deliver", self._deliver),
+            (chunk_gradients, "deliver", self._deliver),
             (PeerCopies, "average", lambda: self.after.append(self._delivered)),
         ):
             setattr(owner, name, self._told(getattr(owner, name), before))

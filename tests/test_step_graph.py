@@ -16,6 +16,7 @@ from commons.config.auto import EAGER_STEPS, graph_problems, wants_graph
 from commons.config.schema import TrainConfig
 from commons.model.cuda_graph import StepGraph, has_room
 from commons.plans.colossal import boosted
+from commons.plans.trainable import weighted
 from commons.training.tracing import TRACE_FILE
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
@@ -136,6 +137,22 @@ def test_the_first_steps_are_launched_the_others_replayed(graphed, monkeypatch):
     with torch.no_grad():
         graphed.forward(torch.zeros(2))
     assert graphed.calls[-1] == "forward" and len(graphed.graph.forwards) == 3
+
+
+def test_both_passes_of_a_micro_batch_are_one_call_that_tells_its_phases(graphed, monkeypatch):
+    monkeypatch.setattr(boosted, "has_room", lambda step_bytes: True)
+    told: list[tuple[str, int]] = []
+    for _ in range(EAGER_STEPS + 2):
+        told.clear()
+        loss = graphed.forward_backward(torch.full((2,), 3), 1 / 3, lambda phase: told.append((phase, len(told))))
+        assert told == [("forward", 0), ("backward", 1)] and loss.item() == 2.0
+    assert graphed.graph.backwards == 2
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 50))
+def test_a_weight_rounds_as_the_division_by_the_number_of_micro_batches(micro_batches):
+    loss = torch.rand(1000, generator=torch.Generator().manual_seed(micro_batches))
+    assert weighted(loss, 1 / micro_batches).equal(loss / micro_batches)
 
 
 def test_without_room_every_step_is_launched(graphed, monkeypatch, capsys):

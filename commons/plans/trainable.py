@@ -61,7 +61,7 @@ class Trainable(Protocol):
             tokens: int64 of shape (micro-batch, sequence) on the device, the same on all ranks of one copy of the
                 model.
             weight: of this micro-batch's loss in the step's: 1 / micro-batches per step.
-            mark: told when each pass begins; "forward" alone where passes alternate, in a pipeline.
+            mark: called when each pass begins; "forward" alone where passes alternate, in a pipeline.
 
         Returns:
             The weighted loss, a scalar that may be overwritten by the next call; None off the last stage of a pipeline.

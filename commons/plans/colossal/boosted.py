@@ -117,7 +117,7 @@ class GraphedTrainable(BoostedTrainable):
             chunk.l2_norm = norm  # where the graph writes it; the optimizer forgets it after every step
 
     def _capture(self, tokens: torch.Tensor) -> None:
-        if not every_rank(has_room(self._step_bytes), tokens.device):  # captured passes meet only each other
+        if not every_rank(has_room(self._step_bytes), tokens.device):  # captured passes wait only for captured ones
             say("too little free device memory to capture CUDA graphs (--cuda_graph): falling back to eager launches")
             return
         self.graph = StepGraph(self._forward_alone, self._backward_alone, tokens)

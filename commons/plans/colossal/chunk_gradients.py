@@ -78,9 +78,12 @@ class ChunkGradients:
             self._missing[chunk] -= count
             if self._missing[chunk] == 0:
                 self._missing[chunk] = self._uses[chunk]
-                self._deliver(chunk)
+                self.deliver(chunk)
 
-    def _deliver(self, chunk: SuiteChunk) -> None:
+    def deliver(self, chunk: SuiteChunk) -> None:
+        """Put a chunk's gradients, which are all there, into its place for them, and reduce it, now or later (see
+        :meth:`begin`; collective).
+        """
         gradients = []
         for parameter in chunk.tensors_info:
             parameter._gemini_reduced = True  # pyright: ignore  (GeminiDDP's check after the backward pass asks for it)

@@ -16,8 +16,8 @@ from commons.plans.trainable import Mark
 
 
 class PipelinedBoostedTrainable(BoostedTrainable):
-    """A model in pipeline stages: forward and backward passes of microbatches alternate and cannot be told
-    apart.
+    """A model in pipeline stages: forward and backward passes of microbatches alternate and have no times of
+    their own.
     """
 
     def micro_batch(self, last: bool) -> AbstractContextManager:

@@ -1,10 +1,11 @@
-"""A region of the model that Gemini is told of as a whole: its chunks are gathered before and released after it.
+"""A region of the model that Gemini handles as a whole: its chunks are gathered before and released after it.
 
 Gemini has to know when a parameter is needed and when no longer. Colossal-AI finds out through
 ``__torch_function__`` of every operation that a parameter takes part in: some twenty interruptions per block in
 the forward pass and as many in the backward pass, which keep a GPU waiting and which ``torch.compile`` cannot see
-through. A region is told once per pass, and in between runs a pure function of plain tensors. Its gradients go to
-commons.plans.colossal.chunk_gradients; what a model's regions are says commons.plans.colossal.model_regions.
+through. A region calls Gemini before and after each pass, and in between runs a pure function of plain tensors. Its
+gradients go to commons.plans.colossal.chunk_gradients; what a model's regions are says
+commons.plans.colossal.model_regions.
 
 ``ColoParamOpHookManager``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/tensor/param_op_hook.py
 ``GeminiZeROHook``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/gemini_hook.py
@@ -33,7 +34,7 @@ def _accelerator() -> Any:
 
 
 class Region:
-    """A part of the model that Gemini is told of once per pass.
+    """A part of the model whose chunks are gathered and released once per pass.
 
     Attributes:
         parameters: in the order of the function's arguments.
@@ -97,7 +98,7 @@ class Region:
                     gemini.add_work(chunk, work)
 
     def release(self, backward: bool) -> None:
-        """Tell that the parameters are not needed for now: ``GeminiZeROHook.post_op``."""
+        """The parameters are not needed for now: ``GeminiZeROHook.post_op``."""
         self._set_states(TensorState.HOLD_AFTER_BWD if backward else TensorState.HOLD)
 
     def _set_states(self, state: TensorState) -> None:

@@ -1,6 +1,6 @@
-"""Faults of Colossal-AI 0.5.0 that the suite's plans would meet and that can be mended from outside, one class each.
+"""Faults of Colossal-AI 0.5.0 in the way of the suite's plans that can be mended from outside, one class each.
 
-Faults that are avoided by construction are told where that happens: the forward pass, the loss and the
+Faults that are avoided by construction are described where that happens: the forward pass, the loss and the
 sequence-parallel biases of a split GPT-2 in split_gpt2.py; small models and blocks across chunk boundaries in
 chunks.py; memory that is freed while it is read in suite_chunk.py; clipping with offloaded gradients and accumulation
 after an overflow in chunk_adam.py.
