@@ -54,7 +54,7 @@ def main() -> None:
     session = build_session(config, here)
     from commons.plans.colossal.adam_kernels import CompiledAdam, fused_adam
 
-    by_chunks = session.trainable.optimizer.step.__self__  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer: Any = session.trainable.optimizer  # pyright: ignore[reportAttributeAccessIssue]
     kernels = {"torch": fused_adam, "compiled": CompiledAdam(), "colossalai": upstream_adam()}
     times: dict[str, list[float]] = {name: [] for name in kernels}
     meters = {name: Meter(kernel) for name, kernel in kernels.items()}
@@ -63,7 +63,7 @@ def main() -> None:
         name = list(kernels)[index % len(kernels)]
         # memory in the first steps, time in the rest: the meter's synchronisation would be in the time
         measure_memory = index < config.warmup_step
-        by_chunks._update_on_gpu = meters[name] if measure_memory else kernels[name]
+        optimizer.chunk_adam.update_on_gpu = meters[name] if measure_memory else kernels[name]
         record = next(steps)
         if not measure_memory and record.optimizer_seconds is not None:
             times[name].append(record.optimizer_seconds * 1000)

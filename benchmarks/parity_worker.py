@@ -269,7 +269,7 @@ def offloaded_share(session: Session) -> dict[str, float]:
 
 
 def _tells_parts() -> Callable[[torch.Tensor], bool]:
-    from commons.plans.colossal.upstream_fixes import is_split
+    from commons.plans.colossal.faults.base import is_split
 
     return is_split
 

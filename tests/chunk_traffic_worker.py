@@ -22,10 +22,10 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
     """Gemini's chunks, and what one step moved: gathers, reductions and chunk moves by where they went."""
     config = read_config([*FLAGS, *flags])
     session = build_session(config, here)
-    from colossalai.zero.gemini.chunk import Chunk
+    from commons.plans.colossal.suite_chunk import SuiteChunk
 
     counts: Counter = Counter()
-    originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move
+    originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor, SuiteChunk.shard_move
 
     def gather(output, shard, *args, **kwargs):
         counts["gather_bytes"] += output.nbytes
@@ -44,11 +44,11 @@ def count_traffic(here: device.Device, *flags: str) -> tuple[list, Counter]:
 
     steps = train_steps(session)
     next(steps)  # the first step finds the chunks where the optimizer put them, the next ones where a step leaves them
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = gather, reduce, move  # pyright: ignore
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor, SuiteChunk.shard_move = gather, reduce, move  # pyright: ignore
     try:
         next(steps)
     finally:
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor, Chunk.shard_move = originals
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor, SuiteChunk.shard_move = originals
     counts["gathers"] -= 1  # the record's own all-gather of a few numbers
     model: Any = session.trainable.model
     return list(model.chunk_manager.get_chunks(model.fp16_params)), counts

@@ -17,11 +17,15 @@ from commons.plans.colossal.imports import import_colossalai
 def leave_unmended() -> None:
     """Run with Colossal-AI's own norms, fractions, savings, partial biases, scales and steps of Gemini's optimizer."""
     import_colossalai()
-    from commons.plans.colossal import chunk_adam, split_gpt2, upstream_fixes
+    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
-    upstream_fixes.FIXES = ()
+    from commons.plans.colossal import faults, split_gpt2
+    from commons.plans.colossal.gemini import SuiteGeminiOptimizer
+
+    faults.FAULTS = ()
     split_gpt2.SplitGPT2Policy._mark_partial_biases = lambda self: None
-    chunk_adam.update_by_chunks = lambda *_, **__: None
+    SuiteGeminiOptimizer.step = GeminiOptimizer.step
+    SuiteGeminiOptimizer.zero_grad = GeminiOptimizer.zero_grad
 
 
 def take_upstream_forward() -> None:

@@ -43,27 +43,27 @@ LARGEST = {torch.bfloat16: 256, torch.float32: 1 << 20}
 
 
 class UnevenPeers(HostPeers):
-    """Ranks that stop for a random while wherever they tell each other something, so that a missing wait shows."""
+    """Ranks that stop for a random while wherever they signal each other, so that a missing wait shows."""
 
     def __init__(self, group: dist.ProcessGroup, flags: int = len(Flag), slow: bool = False) -> None:
         self._pauses = random.Random(dist.get_rank(group))
-        self.recorded = False
+        self.captured = False
         super().__init__(group, flags)
         if slow:
             self.link_rate = 50e9
 
-    def tell(self, peer: int, flag: int) -> None:
+    def signal(self, peer: int, flag: int) -> None:
         self.pause()
-        super().tell(peer, flag)
-        self.pause()
-
-    def await_told(self, peer: int, flag: int) -> None:
-        self.pause()
-        super().await_told(peer, flag)
+        super().signal(peer, flag)
         self.pause()
 
-    def recording(self) -> bool:
-        return self.recorded
+    def wait(self, peer: int, flag: int) -> None:
+        self.pause()
+        super().wait(peer, flag)
+        self.pause()
+
+    def capturing(self) -> bool:
+        return self.captured
 
     def pause(self) -> None:
         """Mostly none; sometimes long enough for the others to get far ahead."""
@@ -80,12 +80,12 @@ def numbers(dtype: torch.dtype, elements: int, *of: int) -> torch.Tensor:
 def check_copies(here: device.Device, dtype: torch.dtype, replicated: bool) -> None:
     """Rounds as Gemini's steps: parts are written, gathered in order, gathered again in the opposite order, each with
     an average after it, into the part's place or elsewhere. Some average nothing, as inference. From the middle on the
-    others meet and use slots as passes do that were recorded once. ``replicated`` tensors are gathered once a round,
-    and what is averaged takes their place.
+    others have barriers and use slots as passes do that were captured once. ``replicated`` tensors are gathered once
+    per round, and what is averaged takes their place.
     """
     group: Any = dist.group.WORLD
     uneven = UnevenPeers(group)
-    copies = PeerCopies(uneven, PART_SIZES, dtype, replicated)
+    copies = PeerCopies(uneven, PART_SIZES, dtype, replicated=replicated)
     assert [len(part) for parts in copies.parts for part in parts] == [
         n for n in PART_SIZES for _ in range(uneven.size)
     ]
@@ -114,23 +114,23 @@ def check_copies(here: device.Device, dtype: torch.dtype, replicated: bool) -> N
 
     for turn in range(ROUNDS):
         inference = turn % INFERENCE == 1
-        uneven.recorded = turn > ROUNDS // 2 and not inference
-        if uneven.recorded:
-            copies._averages = 1  # the first slot and the last are the same, so that it is used twice in turn
+        uneven.captured = turn > ROUNDS // 2 and not inference
+        if uneven.captured:
+            copies.start_with_slot(1)  # the first slot and the last are the same, so that it is used twice in turn
         for index in tensors:
             uneven.pause()
             copies.parts[index][here.rank].copy_(numbers(dtype, PART_SIZES[index], 0, turn, index, here.rank))
-        copies.meet()
+        copies.barrier()
         for index in tensors:
             uneven.pause()
             gather(turn, index)
         if replicated:
-            copies.tell_read()
+            copies.signal_read()
             uneven.pause()
-            copies.await_read()
+            copies.wait_read()
         if inference:
             if not replicated:
-                copies.meet()
+                copies.barrier()
             continue
         for index in reversed(tensors):
             uneven.pause()
@@ -141,10 +141,9 @@ def check_copies(here: device.Device, dtype: torch.dtype, replicated: bool) -> N
 
 
 def check_flags(copies: PeerCopies) -> None:
-    """When all is over, nothing is told that no one has waited for."""
-    all_ranks: Any = copies._peers
+    """When all is over, nothing is signalled that no one has waited for."""
     dist.barrier()
-    assert not all_ranks._signals[all_ranks.rank].any()
+    assert copies.raised_flags() == 0
 
 
 def check_agreement(here: device.Device) -> None:
@@ -214,10 +213,10 @@ CASES = {
 def check_training(here: device.Device) -> None:
     """The same losses and norms to the bit, and no collective of the process group for a chunk."""
     prepare("cpu")
-    from commons.plans.colossal import block_hooks
+    from commons.plans.colossal import chunk_gradients
 
-    block_hooks.AVERAGED_BESIDE = TOKENS // 2  # as with thousands of them
-    averages = Averages(block_hooks.ChunkGradients)
+    chunk_gradients.AVERAGED_BESIDE = TOKENS // 2  # as with thousands of them
+    averages = Averages(chunk_gradients.ChunkGradients)
     for name, flags in CASES.items():
         found = {}
         group, slow = dist.group.WORLD, "slow" in name
@@ -233,7 +232,7 @@ def check_training(here: device.Device) -> None:
                 records = [(step.loss, step.grad_norm, step.skipped_steps) for step in train_steps(session)]
             chunks, batches = chunks_of(session), STEPS * config.grad_accum
             if choice == "on":
-                assert counts == {"gathers": STEPS}, counts  # of what is recorded of a step
+                assert counts == {"gathers": STEPS}, counts  # of the record of a step
                 # the first half waits where chunks stay whole, are not accumulated elsewhere, and links would sleep
                 waits = len(chunks) // 2 if "replicated" in name and config.grad_accum == 1 and not slow else 0
                 assert averages.after == [max(waits, index) + 1 for index in range(len(chunks))] * batches
@@ -270,7 +269,7 @@ def inferred(session: Any, seed: int) -> float:
 
 
 def of_own_loss(session: Any) -> list[float]:
-    """Norms of gradients of a loss that is not the model's: without labels there is a hook an operation."""
+    """Norms of gradients of a loss that is not the model's: without labels there is a hook per operation."""
     trainable = session.trainable
     logits = trainable.model(input_ids=torch.arange(64).view(1, 64) + session.device.rank).logits
     trainable.backward(logits.float().square().mean())
@@ -338,7 +337,7 @@ class Averages:
         self._delivered = 0
         for owner, name, before in (
             (chunk_gradients, "begin", self._begin),
-            (chunk_gradients, "_deliver", self._deliver),
+            (chunk_gradients, "deliver", self._deliver),
             (PeerCopies, "average", lambda: self.after.append(self._delivered)),
         ):
             setattr(owner, name, self._told(getattr(owner, name), before))

@@ -1,4 +1,4 @@
-"""Trains gpt2_tiny under Gemini with a hook a block and with one an operation, and compares. For torchrun;
+"""Trains gpt2_tiny under Gemini with a hook per block and with one per operation, and compares. For torchrun;
 fails by assertion.
 """
 
@@ -91,12 +91,11 @@ def check_equal(here: device.Device) -> None:
 
 
 def check_calls(here: device.Device) -> None:
-    """One hook a region each way, no handler a parameter, and no gradient left at a parameter."""
-    session, _ = train(here, "", "block")
+    """One hook per region in each pass, no handler per parameter, and no gradient left at a parameter."""
     from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 
-    from commons.plans.colossal.block_hooks import Region
+    from commons.plans.colossal.regions import Region
 
     counts: Counter = Counter()
 
@@ -112,14 +111,16 @@ def check_calls(here: device.Device) -> None:
     counted(Region, "gather")
     counted(Region, "release")
     counted(ColoParamOpHookManager, "pre_op")
-    counted(GeminiDDP, "grad_handle")
+    counted(GeminiDDP, "grad_handle")  # which the model's hooks are made of
+    session, _ = train(here, "", "block")
+    counts.clear()
     next(train_steps(session))
     regions = session.shape.layers + 2
     print(dict(counts))
     assert counts == {"gather": 2 * regions, "release": 2 * regions}
     chunk_manager = session.trainable.model.chunk_manager
     assert chunk_manager.accessed_mem == 0
-    assert not session.trainable.model.param_op_hook._gemini_manager.async_works
+    assert not session.trainable.model.gemini_manager.async_works
 
 
 def check_logits_without_labels(here: device.Device) -> None:
@@ -131,6 +132,53 @@ def check_logits_without_labels(here: device.Device) -> None:
         assert model(input_ids=tokens).logits.shape == (1, 8, session.shape.padded_vocab)
         loss = model(input_ids=tokens, labels=tokens).loss
     assert loss.ndim == 0 and not loss.requires_grad
+
+
+def check_classes(here: device.Device) -> None:
+    """Everything is the suite's by class: nothing is put onto an instance or into upstream's classes."""
+    session, _ = train(here, "--grad_accum 2", "block")
+    from colossalai.zero.gemini.chunk import Chunk
+
+    from commons.plans.colossal.gemini import SuiteGemini, SuiteGeminiOptimizer
+    from commons.plans.colossal.suite_chunk import SuiteChunk
+
+    model, optimizer = session.trainable.model, session.trainable.optimizer
+    assert type(model) is SuiteGemini and type(optimizer) is SuiteGeminiOptimizer
+    chunks = model.chunk_manager.get_chunks(model.fp16_params)
+    every = [kind for chunk in chunks for kind in (chunk, chunk.paired_chunk, chunk.grad_chunk)]
+    assert len(every) == 3 * len(chunks) and {type(chunk) for chunk in every} == {SuiteChunk}
+    for owner in (model, model.module, model.async_reduce_stream, optimizer):
+        put_on = vars(owner) if hasattr(owner, "__dict__") else {}
+        assert not {"forward", "step", "zero_grad", "synchronize", "_setup_grads_ptr"} & set(put_on)
+    assert {function.__module__ for function in vars(Chunk).values() if callable(function)} == {Chunk.__module__}
+
+
+def check_losses_of_ones_own(here: device.Device) -> None:
+    """Without labels there is a hook per operation, also in the backward pass, again and again."""
+    session, _ = train(here, "", "block")
+    trainable, norms = session.trainable, []
+    tokens = torch.arange(64).view(1, 64)
+    with torch.no_grad():
+        trainable.model(input_ids=tokens)
+    before = trainable.model.state_dict(only_rank_0=False)
+    for _ in range(3):
+        trainable.backward(trainable.model(input_ids=tokens).logits.float().square().mean())
+        norms.append([chunk.payload.double().norm().item() for chunk in trainable.optimizer.chunk16_set])
+        trainable.optimizer._update_fp16_params()  # the weights again, in the gradients' place
+    assert norms[0] == norms[1] == norms[2] and all(norm > 0 for norm in norms[0])
+    after = trainable.model.state_dict(only_rank_0=False)
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def check_auto_trains_before_it_infers(here: device.Device) -> None:
+    """Placement auto measures its first step, which an inference must not be."""
+    session = build_session(read_config([*FLAGS, "--placement", "auto", "--gemini_hooks", "block"]), here)
+    try:
+        with torch.no_grad():
+            session.trainable.forward(torch.arange(64).view(1, 64))  # pyright: ignore[reportAttributeAccessIssue]
+    except AssertionError:
+        return
+    raise RuntimeError("an inference was taken for the first step")
 
 
 def check_no_copies_on_one_rank(here: device.Device) -> None:
@@ -168,7 +216,8 @@ def check_offload_frees_on_one_rank(here: device.Device) -> None:
 
 def main() -> None:
     here = process_group.launch("cpu", 60)
-    checks = [check_equal, check_logits_without_labels]
+    checks = [check_equal, check_logits_without_labels, check_classes, check_losses_of_ones_own]
+    checks += [check_auto_trains_before_it_infers]
     if here.world_size == 1:
         checks += [check_no_copies_on_one_rank, check_offload_frees_on_one_rank]
     checks += [check_calls]  # replaces functions, so it comes last

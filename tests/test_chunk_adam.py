@@ -17,7 +17,8 @@ from commons.plans.colossal.runtime import prepare
 prepare("cpu")
 
 from commons.plans.colossal.adam_kernels import AdamSettings, AdamSlot, fused_adam  # noqa: E402
-from commons.plans.colossal.chunk_adam import ChunkAdam, runs_of, update_by_chunks  # noqa: E402
+from commons.plans.colossal.chunk_adam import ChunkAdam, runs_of  # noqa: E402
+from commons.plans.colossal.gemini import SuiteGeminiOptimizer  # noqa: E402
 
 GROUPS = ({"weight_decay": 0.1}, {"weight_decay": 0.0})
 # of two chunks: (parameter group, first and one past the last element)
@@ -43,7 +44,10 @@ def fake_optimizer(overflows: bool = False) -> Any:
         param_to_range={},
         chunk16_set=set(chunks.values()),
         module=SimpleNamespace(chunk_manager=SimpleNamespace(reuse_fp16_chunk=True, accumulating_grads=True)),
-        mix_precision_mixin=SimpleNamespace(should_skip_step=lambda: overflows, pre_zero_grad=lambda: None),
+        mix_precision_mixin=SimpleNamespace(
+            should_skip_step=lambda: overflows, pre_zero_grad=lambda: optimizer.forgotten.append(True)
+        ),
+        forgotten=[],
         _get_combined_scale=lambda: -1,
         _register_states=lambda: None,
         _clear_global_norm=lambda: None,
@@ -63,6 +67,14 @@ def fake_adam() -> Any:
     return SimpleNamespace(state=defaultdict(dict), adamw_mode=True, updates=0)
 
 
+def step(optimizer: Any, adam: Any) -> None:
+    """As SuiteGeminiOptimizer does it; what is left of an overflow is forgotten once."""
+    optimizer.chunk_adam = ChunkAdam(optimizer, adam, compiled=False)
+    optimizer.zero_grad = lambda: SuiteGeminiOptimizer.zero_grad(optimizer)
+    SuiteGeminiOptimizer.step(optimizer)
+    assert optimizer.forgotten == [True]
+
+
 def test_runs_end_at_gaps_groups_and_chunks() -> None:
     optimizer = fake_optimizer()
     names = {id(chunk): name for name, chunk in optimizer.chunks.items()}
@@ -72,8 +84,7 @@ def test_runs_end_at_gaps_groups_and_chunks() -> None:
 
 def test_a_step_updates_masters_and_writes_weights_over_gradients() -> None:
     optimizer, adam = fake_optimizer(), fake_adam()
-    update_by_chunks(optimizer, adam, compiled=False)
-    optimizer.step()
+    step(optimizer, adam)
     expected = {name: torch.arange(16.0) for name in LAYOUT}
     for name, parts in LAYOUT.items():
         for group, begin, end in parts:
@@ -99,7 +110,7 @@ def test_loaded_states_are_taken_over() -> None:
     by_chunks.step()
     stand_in, (begin, end) = next(iter(optimizer.param_to_range.items()))
     adam.state[stand_in].update(step=7, exp_avg=torch.full((end - begin,), 3.0))
-    run = next(run for run in by_chunks._runs if any(each is stand_in for each, _ in run.stand_ins))
+    run = next(run for run in by_chunks.runs if any(each is stand_in for each, _ in run.stand_ins))
     exp_avg, _ = run.moments(adam.state)
     loaded = exp_avg[begin - run.begin : end - run.begin]
     assert loaded.eq(3).all() and adam.state[stand_in]["exp_avg"].data_ptr() == loaded.data_ptr()
@@ -112,8 +123,7 @@ def test_a_skipped_step_forgets_its_gradients(reuses_chunk: bool) -> None:
     """Upstream leaves the accumulation going: the infinities would be in every later step's gradients too."""
     optimizer, adam = fake_optimizer(overflows=True), fake_adam()
     optimizer.module.chunk_manager.reuse_fp16_chunk = reuses_chunk
-    update_by_chunks(optimizer, adam, compiled=False)
-    optimizer.step()
+    step(optimizer, adam)
     assert adam.updates == 0 and not optimizer.module.chunk_manager.accumulating_grads
     for chunk in optimizer.chunks.values():
         assert torch.equal(chunk.paired_chunk.payload, torch.arange(16.0))

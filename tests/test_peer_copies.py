@@ -16,7 +16,7 @@ from commons.config.schema import TrainConfig
 from commons.distributed import peer_copies
 from commons.distributed.device import Device
 from commons.distributed.peer_copies import find_peers, mean_of
-from commons.distributed.peer_memory import HostPeers
+from commons.distributed.peer_memory import check_processor
 from commons.lifecycle.outcome import RunError
 from commons.plans.registry import PLANS
 
@@ -147,7 +147,7 @@ def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     assert find_peers(TrainConfig(), GPUS) is None
     told = capsys.readouterr().err
-    assert "no access from GPU 1 to GPU 0" in told and "by NCCL" in told and len(told.splitlines()) == 1
+    assert "no access from GPU 1 to GPU 0" in told and "falling back to NCCL" in told and len(told.splitlines()) == 1
     for settings, way_out in (
         ({"peer_copies": "on"}, "use --peer_copies off"),
         ({"cuda_graph": "on"}, "use --cuda_graph off"),
@@ -158,12 +158,11 @@ def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_
 
 
 def test_only_processors_that_keep_the_order_of_writes_share_memory(monkeypatch):
-    peers = HostPeers.__new__(HostPeers)  # without a process group
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    peers._check_processor()
+    check_processor()
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(RuntimeError, match="on aarch64 processors"):
-        peers._check_processor()
+        check_processor()
 
 
 def test_on_is_refused_with_every_reason(tmp_path):

@@ -309,23 +309,25 @@ def test_the_tool_writes_its_table_and_its_exit_code_is_the_verdict(
     assert document["cases"][0]["holds"] is (exit_code == 0)
 
 
-def test_every_fix_is_needed_and_mends() -> None:
-    """Before it is applied its probe finds the fault, afterwards it does not. In a process of its own: fixes
-    are for good.
+def test_every_fault_is_seen_until_it_is_mended() -> None:
+    """Its probe sees the fault before it is mended and not afterwards, whatever else is mended. In a process of its
+    own: mends are for good.
     """
     program = """
 from pathlib import Path
 from commons.plans.colossal.imports import import_colossalai
 import_colossalai()
 import colossalai
-from commons.plans.colossal import host_backend, upstream_fixes
+from commons.plans.colossal import faults, host_backend
 host_backend.install()
-for fix in upstream_fixes.FIXES:
-    upstream = Path(colossalai.__path__[0]) / fix.file
-    assert fix.function.split(".")[-1].split()[0] in upstream.read_text(), "the address is no longer right"
-    assert fix.is_needed(), fix.function
-    fix.apply()
-    assert not fix.is_needed(), fix.function
+assert len(faults.FAULTS) >= 7 and len({fault.function for fault in faults.FAULTS}) == len(faults.FAULTS)
+for fault in faults.FAULTS:
+    upstream = Path(colossalai.__path__[0]) / fault.file
+    assert fault.function.split(".")[-1].split()[0] in upstream.read_text(), "the address is no longer right"
+    assert fault.address.endswith(f"/v0.5.0/colossalai/{fault.file}") and fault.symptom
+    assert fault.seen() and fault.seen(), f"{fault.function}: probing changes nothing"
+    fault.mend()
+    assert not fault.seen() and not fault.seen(), fault.function
 """
     returncode, console = run_processes([sys.executable, "-c", program], environment={"CUDA_VISIBLE_DEVICES": ""})
     assert returncode == 0, console
@@ -336,9 +338,9 @@ def test_an_offload_fraction_is_one_of_bytes_counted_once_a_chunk() -> None:
 import torch
 from commons.plans.colossal.imports import import_colossalai
 import_colossalai()
-from commons.plans.colossal import host_backend, upstream_fixes
+from commons.plans.colossal import faults, host_backend
 host_backend.install()
-upstream_fixes.apply()
+faults.mend_all()
 from types import SimpleNamespace
 from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy
 

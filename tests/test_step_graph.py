@@ -1,4 +1,4 @@
-"""The recorded passes: when there are any, and that replaying them trains the same model."""
+"""The captured passes: when there are any, and that replaying them trains the same model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from commons.config.auto import EAGER_STEPS, graph_problems, wants_graph
 from commons.config.schema import TrainConfig
 from commons.model.cuda_graph import StepGraph, has_room
 from commons.plans.colossal import boosted
+from commons.plans.trainable import weighted
 from commons.training.tracing import TRACE_FILE
 
 ONE_GPU = {"device_type": "cuda", "world_size": 1}
@@ -45,18 +46,18 @@ def problems(device_type: str = "cuda", world_size: int = 1, peer_copies: bool =
         ({"train_step": EAGER_STEPS}, "first"),
     ],
 )
-def test_what_changes_from_step_to_step_is_not_recorded(settings, reason):
+def test_what_changes_from_step_to_step_is_not_captured(settings, reason):
     assert not problems() and not problems(world_size=2, peer_copies=True) and not problems(max_prefetch=0)
     assert not problems(world_size=2, peer_copies=True, max_prefetch=0, shard_param_frac=0.0)
     (problem,) = problems(**settings)
     assert reason in problem
 
 
-def test_the_recording_is_no_step_that_counts():
+def test_the_capture_is_no_step_that_counts():
     assert TrainConfig().warmup_step > EAGER_STEPS
 
 
-def test_auto_records_where_blocks_are_compiled(monkeypatch):
+def test_auto_captures_where_blocks_are_compiled(monkeypatch):
     monkeypatch.setattr("commons.config.auto.wants_compile", lambda config, device_type: config.compile != "off")
     assert wants_graph(TrainConfig(), **ONE_GPU)
     assert not wants_graph(TrainConfig(compile="off"), **ONE_GPU)
@@ -71,7 +72,7 @@ def test_on_is_refused_with_every_reason(tmp_path):
     assert "nothing on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
 
 
-class Recorded:
+class Captured:
     """In place of a StepGraph, which only a GPU has."""
 
     peak_bytes = 7
@@ -95,7 +96,7 @@ class Chunk:
 @pytest.fixture
 def graphed(monkeypatch) -> Any:
     """Tells its model's calls; the backward pass leaves a chunk's norm."""
-    monkeypatch.setattr(boosted, "StepGraph", Recorded)
+    monkeypatch.setattr(boosted, "StepGraph", Captured)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 1)
     monkeypatch.setattr(boosted, "every_rank", lambda here, device: here)
@@ -129,13 +130,29 @@ def test_the_first_steps_are_launched_the_others_replayed(graphed, monkeypatch):
         graphed.chunk.l2_norm = None  # the optimizer has used it
         graphed.backward(graphed.forward(torch.full((2,), step)))
         assert graphed.chunk.l2_norm is not None
-    recorded = ["forward", "wait for the next", "backward", "wait for the next"]  # no gather reaches into the other
-    assert graphed.calls == ["forward", "backward"] * EAGER_STEPS + recorded
-    assert [int(tokens[0]) for tokens in graphed._graph.forwards] == [EAGER_STEPS, EAGER_STEPS + 1, EAGER_STEPS + 2]
-    assert graphed._graph.backwards == 3 and graphed.replayed_bytes == 7
+    captured = ["forward", "wait for the next", "backward", "wait for the next"]  # no gather reaches into the other
+    assert graphed.calls == ["forward", "backward"] * EAGER_STEPS + captured
+    assert [int(tokens[0]) for tokens in graphed.graph.forwards] == [EAGER_STEPS, EAGER_STEPS + 1, EAGER_STEPS + 2]
+    assert graphed.graph.backwards == 3 and graphed.replayed_bytes == 7
     with torch.no_grad():
         graphed.forward(torch.zeros(2))
-    assert graphed.calls[-1] == "forward" and len(graphed._graph.forwards) == 3
+    assert graphed.calls[-1] == "forward" and len(graphed.graph.forwards) == 3
+
+
+def test_both_passes_of_a_micro_batch_are_one_call_that_tells_its_phases(graphed, monkeypatch):
+    monkeypatch.setattr(boosted, "has_room", lambda step_bytes: True)
+    told: list[tuple[str, int]] = []
+    for _ in range(EAGER_STEPS + 2):
+        told.clear()
+        loss = graphed.forward_backward(torch.full((2,), 3), 1 / 3, lambda phase: told.append((phase, len(told))))
+        assert told == [("forward", 0), ("backward", 1)] and loss.item() == 2.0
+    assert graphed.graph.backwards == 2
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 50))
+def test_a_weight_rounds_as_the_division_by_the_number_of_micro_batches(micro_batches):
+    loss = torch.rand(1000, generator=torch.Generator().manual_seed(micro_batches))
+    assert weighted(loss, 1 / micro_batches).equal(loss / micro_batches)
 
 
 def test_without_room_every_step_is_launched(graphed, monkeypatch, capsys):
@@ -143,7 +160,7 @@ def test_without_room_every_step_is_launched(graphed, monkeypatch, capsys):
     for _ in range(EAGER_STEPS + 2):
         graphed.backward(graphed.forward(torch.zeros(2)))
     assert graphed.calls == ["forward", "backward"] * (EAGER_STEPS + 2) and graphed.replayed_bytes == 0
-    assert capsys.readouterr().err.count("too little device memory") == 1
+    assert capsys.readouterr().err.count("too little free device memory") == 1
 
 
 def test_room_is_what_is_free_or_cached(monkeypatch):
@@ -155,8 +172,8 @@ def test_room_is_what_is_free_or_cached(monkeypatch):
 
 
 def test_tokens_of_another_shape_are_refused():
-    graph = StepGraph.__new__(StepGraph)  # without a recording, which only a GPU has
-    graph._tokens = torch.zeros(4, 8)
+    graph = StepGraph.__new__(StepGraph)  # without a capture, which only a GPU has
+    graph.tokens = torch.zeros(4, 8)
     with pytest.raises(ValueError, match=r"\(4, 8\), called with \(1, 8\)"):
         graph.forward(torch.zeros(1, 8))
 
@@ -186,13 +203,13 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
         assert replayed["loss"] == pytest.approx(launched["loss"], rel=2e-4)
         if "clip" in flags:
             assert replayed["grad_norm"] == pytest.approx(launched["grad_norm"], rel=1e-3)
-        # the recorded stream has cuBLAS workspaces of its own
+        # the captured stream has cuBLAS workspaces of its own
         assert -8 < replayed["device_memory_peak_mib"] - launched["device_memory_peak_mib"] < 100
     losses = [record["loss"] for record in runs["on"]]
     assert len(set(losses)) == len(losses)  # other batches and other weights every time
 
 
-UNRECORDABLE = """
+UNCAPTURABLE = """
 import torch
 from commons.model.cuda_graph import StepGraph
 
@@ -200,7 +217,7 @@ weight = torch.ones(4, device="cuda", requires_grad=True)
 
 def forward(tokens):
     loss = (weight * tokens).sum()
-    loss.item()  # waits for what is only recorded
+    loss.item()  # waits for what is only captured
     return loss
 
 StepGraph(forward, torch.Tensor.backward, torch.arange(4, device="cuda"))
@@ -208,7 +225,9 @@ StepGraph(forward, torch.Tensor.backward, torch.arange(4, device="cuda"))
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_recorded_is_told_with_the_way_out():
-    returncode, console = run_processes([sys.executable, "-c", UNRECORDABLE])  # which is of no use afterwards
+def test_what_cannot_be_captured_is_told_with_the_way_out():
+    returncode, console = run_processes([sys.executable, "-c", UNCAPTURABLE])  # which is of no use afterwards
     assert returncode == 1
-    assert re.search(r"could not be recorded \(.*captur.*\): use --cuda_graph off", console, re.DOTALL)
+    assert re.search(
+        r"could not capture the passes as CUDA graphs \(.*captur.*\): use --cuda_graph off", console, re.DOTALL
+    )

@@ -6,25 +6,26 @@ of one host can read and write each other's memory, and their copy engines do so
 another rank needs none either: a stream waits for a number in memory (a stream memory operation of the driver), no
 kernel spins.
 
-What ranks tell each other are flags, one of each kind for every pair. A rank raises it in the other's memory; the other
-waits for it and takes it down:
+Ranks signal each other by flags, one of each kind for every pair. The sender raises it in the receiver's memory; the
+receiver waits for it and takes it down:
 
-- ``BEGIN`` and its like: the stream has come to a point where all ranks meet. Behind it the teller's parts do not
+- ``BARRIER_EVEN`` and its like: the stream has come to a barrier of all ranks. Behind it the sender's parts do not
   change until the pass over the model is through, or, where tensors are replicated, all have read them.
-- ``ARRIVED``: the teller has written its contribution to an average into the listener's inbox.
-- ``READ``: the teller has read the listener's parts. Told where tensors are replicated, for on the way back their
-  gradients are written over them. Between two lies a meeting, which the listener reaches only after it has taken the
-  first down.
+- ``ARRIVED_FIRST`` and ``ARRIVED_SECOND``: the sender has written its contribution to an average into that slot of the
+  receiver's inbox.
+- ``READ``: the sender has read the receiver's parts. Signalled where tensors are replicated, for in the backward pass
+  their gradients are written over them. Between two lies a barrier, which the receiver reaches only after it has taken
+  the first down.
 
-None is raised again before it was taken down. Of two meetings in a row each has its own flag, and no rank is more than
-one ahead. Recorded passes meet at one flag only: between two of them lie the averages of the first, for which each rank
-waits for all others.
+None is raised again before it was taken down. Of two barriers in a row each has its own flag, and no rank is more than
+one ahead. Captured passes have one barrier flag only: between two of them lie the averages of the first, for which each
+rank waits for all others.
 
 All ranks average the same tensors in the same order, on one stream each, which joins the computing one before the next
-meeting. A part may be overwritten by its average: each contribution comes from a rank that has passed its last use of
-the tensor, so that no one still reads the part. Nor is an inbox written too early: a rank's contribution to the average
-after the next one waits for all others' to the next, and each of these is behind the reading of the one before; the
-first of a pass waits for the meeting. No number in it changes from step to step, so that it can be recorded
+barrier. A part may be overwritten by its average: each contribution comes from a rank that has passed its last use of
+the tensor, so that no one still reads the part. Nor is a slot of an inbox written too early: a rank's contribution to
+the average after the next one waits for all others' to the next, and each of these is behind the reading of the one
+before; the first of a pass waits for the barrier. No number in it changes from step to step, so that it can be captured
 (commons.model.cuda_graph).
 
 How memory is reached is commons.distributed.peer_memory'.
@@ -50,21 +51,25 @@ if TYPE_CHECKING:
     from commons.config.schema import TrainConfig
     from commons.distributed.device import Device
 
-SLOTS = 2  # contributions of a rank that an inbox holds: one that comes in, one that is added up
 # What a rank shares of a tensor begins at a multiple, so that wide copies and kernels find it aligned. On 2, 4 and 8
 # ranks all parts of replicated tensors do so nearly, by the widths of models: at 16 bytes.
 ALIGNED_ELEMENTS = 128
 
 
 class Flag(IntEnum):
-    """What is told; see the module. Those of a kind are used in turn."""
+    """What is signalled; see the module."""
 
-    BEGIN = 0
-    BEGIN_TOO = 1
-    BEGIN_RECORDED = 2  # where passes are replayed, they meet here always, and no one else does
-    ARRIVED = 3
-    ARRIVED_TOO = 4
+    BARRIER_EVEN = 0
+    BARRIER_ODD = 1
+    BARRIER_CAPTURED = 2  # where passes are replayed, this is always their barrier, and no one else's
+    ARRIVED_FIRST = 3
+    ARRIVED_SECOND = 4
     READ = 5
+
+
+BARRIERS = (Flag.BARRIER_EVEN, Flag.BARRIER_ODD)  # used in turn
+ARRIVALS = (Flag.ARRIVED_FIRST, Flag.ARRIVED_SECOND)  # by slot of the inbox
+SLOTS = len(ARRIVALS)  # contributions of a rank that an inbox holds: one that comes in, one that is added up
 
 
 class PeerCopies:
@@ -80,60 +85,61 @@ class PeerCopies:
         parts: for each tensor its parts by rank, flat; this rank's are its own to fill.
         wholes: each tensor [ranks * elements] in this rank's memory, where they are ``replicated``; else none.
         shared_bytes: device memory taken for it, as far as torch's allocator does not count it.
-        link_rate: bytes a second from another rank, when all copy.
+        link_rate: bytes per second from another rank, when all copy.
     """
 
-    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype, replicated: bool = False) -> None:
+    def __init__(self, peers: Peers, part_sizes: list[int], dtype: torch.dtype, *, replicated: bool) -> None:
         self._peers = peers
-        self._meetings = self._averages = 0
+        self._barriers = 0
+        self._averages = 0
         # at one time every rank reads from another: the next one after it first
         self._others = [(peers.rank + distance) % peers.size for distance in range(1, peers.size)]
         self._replicated = replicated
         # what each rank shares of a tensor, and where in it its part begins; both in parts
         held, places = (peers.size, range(peers.size)) if replicated else (1, [0] * peers.size)
-        rooms = [_aligned(held * size) for size in part_sizes]
-        arenas = [arena.split(rooms) for arena in peers.share(sum(rooms), dtype)]
+        sizes = [_aligned(held * size) for size in part_sizes]
+        buffers = [buffer.split(sizes) for buffer in peers.share(sum(sizes), dtype)]  # by rank, then by tensor
         self.parts = [
-            [arena[index][place * size : (place + 1) * size] for arena, place in zip(arenas, places, strict=True)]
+            [buffer[index][place * size : (place + 1) * size] for buffer, place in zip(buffers, places, strict=True)]
             for index, size in enumerate(part_sizes)
         ]
-        own = zip(arenas[peers.rank], part_sizes, strict=True)
-        self.wholes = [room[: held * size] for room, size in own] if replicated else []
+        own = zip(buffers[peers.rank], part_sizes, strict=True)
+        self.wholes = [memory[: held * size] for memory, size in own] if replicated else []
         width = _aligned(max(part_sizes))
         self._inboxes = [
             inbox.view(SLOTS, peers.size - 1, width) for inbox in peers.share(SLOTS * (peers.size - 1) * width, dtype)
         ]
         self.shared_bytes, self.link_rate = peers.unseen_bytes, peers.link_rate
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Let the current stream wait for those of all other ranks. To be called before a pass over the model, behind
         everything that writes parts. Where tensors are not replicated, also after a pass that averages nothing.
         """
-        flag = (Flag.BEGIN, Flag.BEGIN_TOO)[self._meetings % 2]
-        if self._peers.recording():
-            flag = Flag.BEGIN_RECORDED
+        flag = BARRIERS[self._barriers % len(BARRIERS)]
+        if self._peers.capturing():
+            flag = Flag.BARRIER_CAPTURED
         else:
-            self._meetings += 1
-        self._tell_all(flag)
-        self._await_all(flag)
+            self._barriers += 1
+        self._signal_all(flag)
+        self._wait_for_all(flag)
 
     def gather(self, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
         """Copy all ``parts``, by rank, into ``whole`` [ranks * elements], on the current stream, which is behind the
-        pass's meeting. Of a replicated tensor this rank's own is there.
+        pass's barrier. Of a replicated tensor this rank's own is there.
         """
         pieces = whole.chunk(self._peers.size)
         for peer in self._others if self._replicated else (*self._others, self._peers.rank):
             pieces[peer].copy_(parts[peer])
 
-    def tell_read(self) -> None:
+    def signal_read(self) -> None:
         """Of replicated tensors: this rank has gathered all of them, on the current stream."""
-        self._tell_all(Flag.READ)
+        self._signal_all(Flag.READ)
 
-    def await_read(self) -> None:
+    def wait_read(self) -> None:
         """Let the current stream wait until all other ranks have read this one's parts: once for each
-        :meth:`tell_read`, behind it, and before gradients take the tensors' place or parts are written again.
+        :meth:`signal_read`, behind it, and before gradients take the tensors' place or parts are written again.
         """
-        self._await_all(Flag.READ)
+        self._wait_for_all(Flag.READ)
 
     def average(self, whole: torch.Tensor, out: torch.Tensor) -> None:
         """Put the mean over the ranks of this rank's piece of their ``whole`` [ranks * elements] into ``out``, summed
@@ -143,23 +149,33 @@ class PeerCopies:
         slot = self._averages % SLOTS
         self._averages += 1
         for peer in self._others:
-            self._room(peer, slot, peers.rank)[: len(out)].copy_(pieces[peer])
-            peers.tell(peer, Flag.ARRIVED + slot)
-        self._await_all(Flag.ARRIVED + slot)
+            self._slot(receiver=peer, index=slot, sender=peers.rank)[: len(out)].copy_(pieces[peer])
+            peers.signal(peer, ARRIVALS[slot])
+        self._wait_for_all(ARRIVALS[slot])
         received = self._inboxes[peers.rank][slot, :, : len(out)]
         mean_of(pieces[peers.rank], received, out)
 
-    def _tell_all(self, flag: int) -> None:
-        for peer in self._others:
-            self._peers.tell(peer, flag)
+    def raised_flags(self) -> int:
+        """How many flags are raised in this rank's memory: none, when all that was signalled has been waited for."""
+        return self._peers.raised()
 
-    def _await_all(self, flag: int) -> None:
-        for peer in self._others:
-            self._peers.await_told(peer, flag)
+    def start_with_slot(self, slot: int) -> None:
+        """Have the next average take this slot of the inboxes, as captured passes do with the one they were captured
+        with (every rank has to).
+        """
+        self._averages = slot
 
-    def _room(self, listener: int, slot: int, teller: int) -> torch.Tensor:
-        """Where in its inbox a rank finds the contribution of another."""
-        return self._inboxes[listener][slot, (teller - listener) % self._peers.size - 1]
+    def _signal_all(self, flag: Flag) -> None:
+        for peer in self._others:
+            self._peers.signal(peer, flag)
+
+    def _wait_for_all(self, flag: Flag) -> None:
+        for peer in self._others:
+            self._peers.wait(peer, flag)
+
+    def _slot(self, *, receiver: int, index: int, sender: int) -> torch.Tensor:
+        """Where in its inbox the receiver finds the contribution of the sender."""
+        return self._inboxes[receiver][index, (sender - receiver) % self._peers.size - 1]
 
 
 def _aligned(elements: int) -> int:
@@ -208,7 +224,7 @@ def find_peers(config: TrainConfig, device: Device) -> Peers | None:
     wanted = [f"--{name} off" for name in ("peer_copies", "cuda_graph") if getattr(config, name) == "on"]
     if wanted:
         raise RunError(f"{text}: use {' and '.join(wanted)}")
-    say(f"{text}: gradients and chunks go by NCCL (--peer_copies)")
+    say(f"{text}: falling back to NCCL for gradients and chunks (--peer_copies)")
     return None
 
 

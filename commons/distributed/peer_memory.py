@@ -22,6 +22,7 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 LOOK_SECONDS = 50e-6  # between two looks at a flag, on a CPU
+TRIAL_FLAG = 0  # any: it is down again when the trial is over
 TRIAL_ELEMENTS = 1 << 18  # 1 MiB: as long a copy as takes the copy engines' way
 TIMED_COPIES = 32
 # torch would set up NVLink multicast for memory that ranks share. Nothing here uses it, and on some hosts it is what
@@ -35,7 +36,7 @@ class Peers(Protocol):
     Attributes:
         rank, size: in the group.
         unseen_bytes: memory given out that torch's allocator does not count.
-        link_rate: bytes a second that were copied from another rank, when all did so.
+        link_rate: bytes per second that were copied from another rank, when all did so.
     """
 
     rank: int
@@ -47,16 +48,20 @@ class Peers(Protocol):
         """Zeros on every rank, flat, as every rank can read and write them; by rank (collective)."""
         ...
 
-    def tell(self, peer: int, flag: int) -> None:
+    def signal(self, peer: int, flag: int) -> None:
         """Raise ``flag`` at ``peer``, behind everything that the current stream was given before."""
         ...
 
-    def await_told(self, peer: int, flag: int) -> None:
+    def wait(self, peer: int, flag: int) -> None:
         """Let the current stream go on when ``peer`` has raised ``flag`` here, and take it down."""
         ...
 
-    def recording(self) -> bool:
-        """Whether what the current stream is given is recorded, and not done."""
+    def raised(self) -> int:
+        """How many flags are raised here, waited for or not; the host waits for the device."""
+        ...
+
+    def capturing(self) -> bool:
+        """Whether what the current stream is given is captured into a CUDA graph, and not done."""
         ...
 
 
@@ -73,9 +78,9 @@ def _on_all(group: dist.ProcessGroup, attempt: Callable[[], Result]) -> Result:
         problem = str(error) or repr(error)
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group)
-    for rank, told in enumerate(problems):
-        if told is not None:
-            raise RuntimeError(f"rank {rank}: {told}")
+    for rank, reported in enumerate(problems):
+        if reported is not None:
+            raise RuntimeError(f"rank {rank}: {reported}")
     return result  # pyright: ignore[reportReturnType]
 
 
@@ -120,14 +125,14 @@ class GpuPeers:
             written = pattern - self.rank
             for peer in others:
                 pages[peer][self.rank].copy_(written)
-                self.tell(peer, 0)
+                self.signal(peer, TRIAL_FLAG)
             torch.cuda.synchronize()
 
         def look() -> None:
-            if int(self._signals[self.rank].sum()) != len(others):
+            if self.raised() != len(others):
                 raise RuntimeError("what other ranks write is not seen")
             for peer in others:
-                self.await_told(peer, 0)
+                self.wait(peer, TRIAL_FLAG)
                 read = torch.empty_like(pattern)
                 read.copy_(pages[peer][peer])
                 if not (read.equal(pattern + peer) and pages[self.rank][peer].equal(pattern - peer)):
@@ -154,15 +159,18 @@ class GpuPeers:
         self._handles.append(handle)
         return [own if peer == self.rank else handle.get_buffer(peer, (elements,), dtype) for peer in range(self.size)]
 
-    def tell(self, peer: int, flag: int) -> None:
+    def signal(self, peer: int, flag: int) -> None:
         self._call("cuStreamWriteValue32_v2", self._signals[peer], flag * self.size + self.rank, 1)
 
-    def await_told(self, peer: int, flag: int) -> None:
+    def wait(self, peer: int, flag: int) -> None:
         own = self._signals[self.rank], flag * self.size + peer
         self._call("cuStreamWaitValue32_v2", *own, 1)
         self._call("cuStreamWriteValue32_v2", *own, 0)
 
-    def recording(self) -> bool:
+    def raised(self) -> int:
+        return int(self._signals[self.rank].sum())
+
+    def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def _call(self, function: str, flags: torch.Tensor, index: int, value: int) -> None:
@@ -180,7 +188,7 @@ class GpuPeers:
 
 
 def _copy_rate(page: torch.Tensor, into: torch.Tensor) -> float:
-    """Bytes a second."""
+    """Bytes per second."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(TIMED_COPIES):
@@ -188,6 +196,16 @@ def _copy_rate(page: torch.Tensor, into: torch.Tensor) -> float:
     end.record()
     end.synchronize()
     return TIMED_COPIES * page.nbytes * 1000 / start.elapsed_time(end)
+
+
+def check_processor() -> None:
+    """What is written first has to be seen first; other processors do not keep to it by themselves.
+
+    Raises:
+        RuntimeError: this is such a processor.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise RuntimeError(f"on {platform.machine()} processors")
 
 
 class HostPeers:
@@ -199,13 +217,8 @@ class HostPeers:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.unseen_bytes, self.link_rate = 0, float("inf")
         self._group = group
-        _on_all(group, self._check_processor)
+        _on_all(group, check_processor)
         self._signals = self.share(flags * self.size, torch.int32)
-
-    def _check_processor(self) -> None:
-        """What is written first has to be seen first; other processors do not keep to it by themselves."""
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            raise RuntimeError(f"on {platform.machine()} processors")
 
     def share(self, elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
         memory = Path("/dev/shm")
@@ -233,14 +246,17 @@ class HostPeers:
             own.unlink(missing_ok=True)
         return [torch.frombuffer(each, dtype=dtype) for each in maps]
 
-    def tell(self, peer: int, flag: int) -> None:
+    def signal(self, peer: int, flag: int) -> None:
         self._signals[peer][flag * self.size + self.rank] = 1
 
-    def await_told(self, peer: int, flag: int) -> None:
+    def wait(self, peer: int, flag: int) -> None:
         own = self._signals[self.rank][flag * self.size + peer]
         while own.item() == 0:
             time.sleep(LOOK_SECONDS)
         own.zero_()
 
-    def recording(self) -> bool:
+    def raised(self) -> int:
+        return int(self._signals[self.rank].sum())
+
+    def capturing(self) -> bool:
         return False

@@ -1,10 +1,10 @@
-"""The passes of a step recorded once as CUDA graphs and replayed: ``--cuda_graph``.
+"""The passes of a step captured once as CUDA graphs and replayed: ``--cuda_graph``.
 
 A step of gpt2_medium is some 1200 kernels. The host launches each of them, and hooks, autograd and compiled functions
 are Python in between; where a kernel takes ten microseconds, the GPU waits. Where every step does the same with the
-same memory, all launches can be recorded and given to the GPU at once.
+same memory, all launches can be captured and given to the GPU at once.
 
-What is recorded has to stay as it is: no copies between host and device, nothing that the host decides by looking at a
+What is captured has to stay as it is: no copies between host and device, nothing that the host decides by looking at a
 result, and parameters that are in the same place at the end of a step as at its beginning.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    pass
-
-# What a recording needs beyond a step that was launched: workspaces of its own stream, and memory in other pieces.
+# What a capture needs beyond a step that was launched: workspaces of its own stream, and memory in other pieces.
 SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
 
 
 def has_room(step_bytes: int) -> bool:
-    """Whether a step that took so much device memory beyond what is allocated now fits in once more, recorded, on this
+    """Whether a step that took so much device memory beyond what is allocated now fits in once more, captured, on this
     rank.
     """
     free, _ = torch.cuda.mem_get_info()
@@ -34,15 +31,15 @@ def has_room(step_bytes: int) -> bool:
 
 
 def join(stream: Any, current: Any) -> None:
-    """Let the stream ``current`` wait for another one. Where passes are recorded, ``stream`` has to belong to them."""
+    """Let the stream ``current`` wait for another one. Where passes are captured, ``stream`` has to belong to them."""
     stream.wait_stream(current)
     current.wait_stream(stream)
 
 
 class StepGraph:
-    """One forward and one backward pass, recorded.
+    """One forward and one backward pass, captured.
 
-    Recording runs both passes on the host, and nothing on the device: replay them afterwards.
+    Capturing runs both passes on the host, and nothing on the device: replay them afterwards.
 
     Args:
         forward: from tokens to the loss.
@@ -50,9 +47,10 @@ class StepGraph:
         tokens: int64 [batch, sequence] on the device, of the shape to come.
 
     Raises:
-        RuntimeError: something in the passes cannot be recorded; the model cannot be used any more.
+        RuntimeError: something in the passes cannot be captured; the model cannot be used any more.
 
     Attributes:
+        tokens: where a replay reads its batch.
         peak_bytes: device memory that a replay uses beyond what is allocated when it begins. torch's allocator does not
             count it.
     """
@@ -63,12 +61,12 @@ class StepGraph:
         backward: Callable[[torch.Tensor], None],
         tokens: torch.Tensor,
     ) -> None:
-        self._tokens = tokens.clone()
+        self.tokens = tokens.clone()
         self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # one for both: autograd goes back on the stream of the way there
-        with _recorded(self._forward_graph, stream):
-            loss = forward(self._tokens)
-        with _recorded(self._backward_graph, stream, pool=self._forward_graph.pool()):
+        stream = torch.cuda.Stream()  # one for both: autograd runs the backward pass on the stream of the forward pass
+        with _captured(self._forward_graph, stream):
+            loss = forward(self.tokens)
+        with _captured(self._backward_graph, stream, pool=self._forward_graph.pool()):
             backward(loss)
         self._loss = loss.detach()
         self.peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
@@ -77,11 +75,11 @@ class StepGraph:
         """The loss of ``tokens``, in memory that the next call overwrites.
 
         Raises:
-            ValueError: their shape is not the recorded one's.
+            ValueError: their shape is not the captured one's.
         """
-        if tokens.shape != self._tokens.shape:
-            raise ValueError(f"recorded for tokens of {tuple(self._tokens.shape)}, called with {tuple(tokens.shape)}")
-        self._tokens.copy_(tokens)
+        if tokens.shape != self.tokens.shape:
+            raise ValueError(f"captured for tokens of {tuple(self.tokens.shape)}, called with {tuple(tokens.shape)}")
+        self.tokens.copy_(tokens)
         self._forward_graph.replay()
         return self._loss
 
@@ -91,8 +89,8 @@ class StepGraph:
 
 
 @contextmanager
-def _recorded(graph: Any, stream: torch.cuda.Stream, **options: Any) -> Iterator[None]:
-    """Record what the block launches. An error of its own is told, and not that of ending a recording that failed."""
+def _captured(graph: Any, stream: torch.cuda.Stream, **options: Any) -> Iterator[None]:
+    """Capture what the block launches. An error of its own is raised, not that of ending a capture that failed."""
     before, cause = torch.cuda.current_stream(), None
     try:
         # other threads, such as NCCL's, go on looking at events of their own
@@ -105,4 +103,6 @@ def _recorded(graph: Any, stream: torch.cuda.Stream, **options: Any) -> Iterator
     except Exception as error:
         torch.cuda.set_stream(before)
         cause = cause or error
-        raise RuntimeError(f"the passes could not be recorded ({cause}): use --cuda_graph off") from cause
+        raise RuntimeError(
+            f"the passes could not be captured as CUDA graphs ({cause}): use --cuda_graph off"
+        ) from cause

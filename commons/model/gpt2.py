@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -95,7 +96,7 @@ def gpt2_functions(
     Args:
         attention: "sdpa", "flash" (the same; the caller restricts torch to its flash kernel) or "eager".
         dropout: probability, the same for embeddings, attention weights and residuals.
-        recompute: what a block computes again on the way back: "off", "selective" or "on", see
+        recompute: what a block computes again in the backward pass: "off", "selective" or "on", see
             commons.ops.activation_checkpointing.
         fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
         fused_gelu: apply GELU inside of matrix products, see commons.ops.feed_forward; not with fp8.
@@ -103,7 +104,7 @@ def gpt2_functions(
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
-    heads, vocab = shape.heads, shape.vocab
+    vocab = shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
     linear = fp8_linear if fp8 else _linear
     feed: Callable = partial(_feed_forward, dropout=dropout, linear=linear)
@@ -122,22 +123,14 @@ def gpt2_functions(
 
         norm = partial(norm_and_residual, eps=LAYER_NORM_EPS)
 
+    in_norm = kernels and not dropout  # dropout is between the biases and the residual
+    parts = _BlockParts(shape.heads, dropout, attend, linear, feed, norm, bias_gradients_in_norm=in_norm)
+
     def block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return _block(
-            hidden,
-            *parameters,
-            heads=heads,
-            dropout=dropout,
-            attend=attend,
-            linear=linear,
-            feed=feed,
-            norm=norm,
-            # dropout is between these biases and the residual
-            bias_gradients_in_norm=kernels and not dropout,
-        )
+        return _block(hidden, _BlockParameters(*parameters), parts)
 
     def recomputed_block(hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        # inside of what is compiled: the compiler leaves out what the way back does not need, such as the
+        # inside of what is compiled: the compiler leaves out what the backward pass does not need, such as the
         # last matrix product
         return checkpoint(block, hidden, *parameters, preserve_rng_state=dropout > 0, **checkpointing)
 
@@ -172,43 +165,60 @@ def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     return torch.addmm(bias, hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1])
 
 
-def _block(
-    hidden: torch.Tensor,
-    norm_1_weight: torch.Tensor,
-    norm_1_bias: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor,
-    attention_out_weight: torch.Tensor,
-    attention_out_bias: torch.Tensor,
-    norm_2_weight: torch.Tensor,
-    norm_2_bias: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor,
-    *,
-    heads: int,
-    dropout: float,
-    attend: Callable,
-    linear: Callable,
-    feed: Callable,
-    norm: Callable,
-    bias_gradients_in_norm: bool,
-) -> torch.Tensor:
+class _BlockParameters(NamedTuple):
+    """One block's, in the order of ``BLOCK_PARAMETERS``."""
+
+    norm_1_weight: torch.Tensor
+    norm_1_bias: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    attention_out_weight: torch.Tensor
+    attention_out_bias: torch.Tensor
+    norm_2_weight: torch.Tensor
+    norm_2_bias: torch.Tensor
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor
+
+
+class _BlockParts(NamedTuple):
+    """What a block is made of.
+
+    Attributes:
+        attend: (query, key, value, dropout) -> what is attended to, each [batch, heads, sequence, head width].
+        linear: (hidden states, weight, bias) -> hidden states.
+        feed: (normed, up weight, up bias, down weight, down bias, residual) -> hidden states.
+        norm: (hidden states, what is added to them or None, weight, bias, *biases) -> normed, sum.
+        bias_gradients_in_norm: the second norm is given the biases of both products around it, attention's last and
+            the feed-forward layer's, and gives their gradients.
+    """
+
+    heads: int
+    dropout: float
+    attend: Callable
+    linear: Callable
+    feed: Callable
+    norm: Callable
+    bias_gradients_in_norm: bool
+
+
+def _block(hidden: torch.Tensor, given: _BlockParameters, parts: _BlockParts) -> torch.Tensor:
     """One transformer block with the layer norms before attention and feed-forward layer."""
-    normed, hidden = norm(hidden, None, norm_1_weight, norm_1_bias)
-    qkv = linear(normed, qkv_weight, qkv_bias)
-    # views [batch, heads, sequence, head width] of one tensor: on the way back their gradients are put side
+    normed, hidden = parts.norm(hidden, None, given.norm_1_weight, given.norm_1_bias)
+    qkv = parts.linear(normed, given.qkv_weight, given.qkv_bias)
+    # views [batch, heads, sequence, head width] of one tensor: in the backward pass their gradients are put side
     # by side as they lie
-    query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
-    attended = attend(query, key, value, dropout).transpose(1, 2).flatten(2)
+    query, key, value = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, parts.heads, -1)).unbind(2))
+    attended = parts.attend(query, key, value, parts.dropout).transpose(1, 2).flatten(2)
     biases = ()
-    if bias_gradients_in_norm:
+    attention_out_bias, down_bias = given.attention_out_bias, given.down_bias
+    if parts.bias_gradients_in_norm:
         biases = attention_out_bias, down_bias
         attention_out_bias, down_bias = (bias.detach() for bias in biases)
-    attended = _dropped(linear(attended, attention_out_weight, attention_out_bias), dropout)
-    normed, hidden = norm(hidden, attended, norm_2_weight, norm_2_bias, *biases)
-    return feed(normed, up_weight, up_bias, down_weight, down_bias, hidden)
+    attended = _dropped(parts.linear(attended, given.attention_out_weight, attention_out_bias), parts.dropout)
+    normed, hidden = parts.norm(hidden, attended, given.norm_2_weight, given.norm_2_bias, *biases)
+    return parts.feed(normed, given.up_weight, given.up_bias, given.down_weight, down_bias, hidden)
 
 
 def _feed_forward(

@@ -166,12 +166,10 @@ class Product:
         self._choices = self._found(aligned)
         self._choice = self._choices[0]
         self._one = c_float(1)
-        self._shape, self._transposed, self._dtype, self._device = (
-            (rows, inner, out),
-            right_is_transposed,
-            dtype,
-            device,
-        )
+        self._shape = rows, inner, out
+        self._transposed = right_is_transposed
+        self._dtype = dtype
+        self._device = device
 
     def _set(self, attribute: _Attribute, value: Any) -> None:
         _call("cublasLtMatmulDescSetAttribute", self._product, c_int(attribute), byref(value), c_size_t(sizeof(value)))

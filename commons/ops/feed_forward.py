@@ -1,8 +1,8 @@
 """The feed-forward layer of a block with GELU and the residual inside of its two matrix products, on GPUs.
 
-GELU is cheap to compute and dear to move: its input and result are four times as wide as the hidden states, and a pass
-over them reads and writes what the product before has just had on the chip. cuBLASLt applies it there: the first
-product gives GELU's input and its result, and on the way back the product that gives the gradient of the result
+GELU is cheap to compute and expensive to move: its input and result are four times as wide as the hidden states, and a
+pass over them reads and writes what the product before has just had on the chip. cuBLASLt applies it there: the first
+product gives GELU's input and its result, and in the backward pass the product that gives the gradient of the result
 multiplies it by GELU's derivative at once. Input and result are kept, as the compiler keeps them too: 60,849 MiB of
 gpt2_xl either way. The second product adds the residual before it rounds, so that no pass of its own does.
 
@@ -13,7 +13,7 @@ same arithmetic in torch's own.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -26,8 +26,20 @@ OPERATORS.define("linear_gelu(Tensor hidden, Tensor weight, Tensor bias) -> (Ten
 OPERATORS.define("linear_gelu_gradient(Tensor gradient, Tensor weight, Tensor before) -> Tensor")
 OPERATORS.define("linear_residual(Tensor hidden, Tensor weight, Tensor bias, Tensor residual) -> Tensor")
 
-MULTIPLE = 8  # of both widths: what lies aside has to be aligned
+MULTIPLE = 8  # of both widths: cuBLASLt's auxiliary matrix, GELU's input, has to be aligned
 INNER_WIDTHS = 4  # of GPT-2's feed-forward layers, in widths of the hidden states
+
+
+class _Kind(NamedTuple):
+    """Two of the arguments of commons.ops.cublaslt.Product."""
+
+    right_is_transposed: bool
+    epilogue: Epilogue
+
+
+WITH_GELU = _Kind(right_is_transposed=False, epilogue=Epilogue.GELU_AUX_BIAS)
+WITH_GELU_GRADIENT = _Kind(right_is_transposed=True, epilogue=Epilogue.DGELU)
+WITH_RESIDUAL = _Kind(right_is_transposed=False, epilogue=Epilogue.BIAS)
 
 
 def fits(rows: int, width: int, dtype: torch.dtype) -> bool:
@@ -38,12 +50,8 @@ def fits(rows: int, width: int, dtype: torch.dtype) -> bool:
         return False
     inner = INNER_WIDTHS * width
     where = dtype, MULTIPLE * dtype.itemsize, torch.cuda.current_device()
-    products = (
-        (width, inner, False, Epilogue.GELU_AUX_BIAS),
-        (width, inner, True, Epilogue.DGELU),
-        (inner, width, False, Epilogue.BIAS),
-    )
-    return all(_prepared(rows, *product, *where) is not None for product in products)
+    products = ((width, inner, WITH_GELU), (width, inner, WITH_GELU_GRADIENT), (inner, width, WITH_RESIDUAL))
+    return all(_prepared(rows, left, right, *kind, *where) is not None for left, right, kind in products)
 
 
 def feed_forward(
@@ -157,7 +165,7 @@ def _linear_gelu_on_gpu(
     hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
     (rows, inner), out = hidden.shape, weight.shape[1]
     result, before = (hidden.new_empty(rows, out) for _ in range(2))
-    run = _product(rows, inner, out, False, Epilogue.GELU_AUX_BIAS, hidden, weight, bias)
+    run = _product(WITH_GELU, rows, inner, out, hidden, weight, bias)
     if run is None:
         return _linear_gelu(hidden, weight, bias)
     run(hidden, weight, result, before, bias)
@@ -167,7 +175,7 @@ def _linear_gelu_on_gpu(
 def _linear_gelu_gradient_on_gpu(gradient: torch.Tensor, weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     gradient, weight, before = gradient.contiguous(), weight.contiguous(), before.contiguous()
     (rows, inner), out = gradient.shape, weight.shape[0]
-    run = _product(rows, inner, out, True, Epilogue.DGELU, gradient, weight, before)
+    run = _product(WITH_GELU_GRADIENT, rows, inner, out, gradient, weight, before)
     if run is None:
         return _linear_gelu_gradient(gradient, weight, before)
     result = torch.empty_like(before)
@@ -180,7 +188,7 @@ def _linear_residual_on_gpu(
 ) -> torch.Tensor:
     hidden, weight, bias, residual = (operand.contiguous() for operand in (hidden, weight, bias, residual))
     (rows, inner), out = hidden.shape, weight.shape[1]
-    run = _product(rows, inner, out, False, Epilogue.BIAS, hidden, weight, bias, residual)
+    run = _product(WITH_RESIDUAL, rows, inner, out, hidden, weight, bias, residual)
     if run is None:
         return _linear_residual(hidden, weight, bias, residual)
     result = torch.empty_like(residual)
@@ -188,12 +196,10 @@ def _linear_residual_on_gpu(
     return result
 
 
-def _product(
-    rows: int, inner: int, out: int, transposed: bool, epilogue: Epilogue, left: torch.Tensor, *others: torch.Tensor
-) -> Product | None:
+def _product(kind: _Kind, rows: int, inner: int, out: int, left: torch.Tensor, *others: torch.Tensor) -> Product | None:
     """The product for operands of this size, as they lie in memory; None where cuBLASLt has none."""
     aligned = alignment(left, *others)
-    return _prepared(rows, inner, out, transposed, epilogue, left.dtype, aligned, left.device.index)
+    return _prepared(rows, inner, out, *kind, left.dtype, aligned, left.device.index)
 
 
 @functools.cache
@@ -205,7 +211,7 @@ def _prepared(*wanted: Any) -> Product | None:
             product.tune()
         return product
     except CublasLtError as error:
-        say(f"GELU and residuals run in passes of their own, which is slower: {error}")
+        say(f"falling back to separate passes for GELU and residuals: {error}")
         return None
 
 

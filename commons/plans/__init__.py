@@ -1,4 +1,4 @@
-"""How model and optimizer are spread over devices: one entry a plan in registry.PLANS.
+"""How model and optimizer are spread over devices: one entry per plan in registry.PLANS.
 
 May import: model and every room below.
 May not: launch, cli, training.

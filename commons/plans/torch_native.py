@@ -17,7 +17,7 @@ from commons.config.schema import TrainConfig
 from commons.distributed.device import Device, compute_dtype
 from commons.model.compile import functions_for, run_as_functions
 from commons.model.initial_weights import decay_groups, seeded_init_
-from commons.plans.trainable import Update
+from commons.plans.trainable import Mark, Update, weighted
 from model_zoo import build_model
 
 
@@ -45,11 +45,22 @@ class TorchTrainable:
         self.model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]  (FSDP2 adds it)
         return nullcontext()
 
+    def forward_backward(self, tokens: torch.Tensor, weight: float, mark: Mark) -> torch.Tensor | None:
+        mark("forward")
+        loss = weighted(self.forward(tokens), weight)
+        mark("backward")
+        self.backward(loss)
+        return loss
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch, a scalar. ``tokens``: int64 [batch, sequence]."""
         with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def backward(self, loss: torch.Tensor) -> None:
+        """The gradients of ``loss``, times the loss scale; on the last micro-batch averaged over the ranks
+        (collective).
+        """
         self.loss_scaler.scale(loss).backward()
 
     def step(self) -> Update:

@@ -1,10 +1,11 @@
-"""What a plan hands to the training loop: a model and an optimizer behind the four calls that a step needs."""
+"""What a plan hands to the training loop: a model and an optimizer behind the three calls that a step needs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,13 +25,17 @@ class Update:
     skipped: bool
 
 
-class Stepping(Protocol):
-    """What every wrapped model and optimizer has.
+Mark = Callable[[str], object]
+"""Called with the name of a phase, "forward" or "backward", as it begins; see commons.distributed.device.PhaseClock."""
+
+
+class Trainable(Protocol):
+    """A wrapped model and its optimizer.
 
     Attributes:
         model: the wrapped model, or this rank's part of it.
         param_groups: the optimizer's, to set the learning rate in.
-        replayed_bytes: device memory that a recorded pass uses, which torch's allocator does not count; see
+        replayed_bytes: device memory that a captured pass uses, which torch's allocator does not count; see
             commons.model.cuda_graph.
         shared_bytes: memory of the device that ranks share, not counted either; None where they share none. See
             commons.distributed.peer_copies.
@@ -49,38 +54,25 @@ class Stepping(Protocol):
         """
         ...
 
+    def forward_backward(self, tokens: torch.Tensor, weight: float, mark: Mark) -> torch.Tensor | None:
+        """Both passes of one micro-batch, its gradients added to those that are there (collective).
+
+        Args:
+            tokens: int64 of shape (micro-batch, sequence) on the device, the same on all ranks of one copy of the
+                model.
+            weight: of this micro-batch's loss in the step's: 1 / micro-batches per step.
+            mark: called when each pass begins; "forward" alone where passes alternate, in a pipeline.
+
+        Returns:
+            The weighted loss, a scalar that may be overwritten by the next call; None off the last stage of a pipeline.
+        """
+        ...
+
     def step(self) -> Update:
         """Unscale, clip, update and clear the gradients (collective)."""
         ...
 
 
-class Trainable(Stepping, Protocol):
-    """A model whose forward and backward passes are two calls."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The loss of one micro-batch, a scalar, which may be overwritten by the next call.
-
-        ``tokens``: int64 of shape (micro-batch, sequence).
-        """
-        ...
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """The gradients of the last forward pass, times what was done to its loss where the pass is not replayed."""
-        ...
-
-
-@runtime_checkable
-class PipelinedTrainable(Stepping, Protocol):
-    """A model in pipeline stages: the passes of its microbatches alternate, in one call."""
-
-    def forward_backward(self, tokens: torch.Tensor, weight: float) -> torch.Tensor | None:
-        """Both passes of one batch (collective over the stages).
-
-        Args:
-            tokens: int64 of shape (batch, sequence), the same on all stages.
-            weight: of this batch's loss in the step's.
-
-        Returns:
-            The weighted loss on the last stage, None elsewhere.
-        """
-        ...
+def weighted(loss: torch.Tensor, weight: float) -> torch.Tensor:
+    """``loss`` times ``weight``, rounded as a division by the number of micro-batches is."""
+    return loss / (1 / weight)

@@ -18,7 +18,7 @@ from commons.distributed.device import Device
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended
 from commons.model.gpt2 import attention_backend
-from commons.plans.trainable import PipelinedTrainable, Update
+from commons.plans.trainable import Update
 from commons.reporting.flops import (
     hardware_flops_per_token,
     mfu,
@@ -118,13 +118,7 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
     total = torch.zeros((), device=session.device.torch_device)
     for index in range(grad_accum):
         with trainable.micro_batch(last=index == grad_accum - 1):
-            clock.mark("forward")
-            if isinstance(trainable, PipelinedTrainable):
-                loss = trainable.forward_backward(stream.take(), 1 / grad_accum)
-            else:
-                loss = trainable.forward(stream.take()) / grad_accum
-                clock.mark("backward")
-                trainable.backward(loss)
+            loss = trainable.forward_backward(stream.take(), 1 / grad_accum, clock.mark)
         stream.draw()  # while the device is still at work
         if loss is not None:
             total += loss.detach()

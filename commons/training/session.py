@@ -11,7 +11,7 @@ from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
 from commons.lifecycle.job import read_job
 from commons.plans.registry import PLANS, Plan
-from commons.plans.trainable import PipelinedTrainable, Trainable
+from commons.plans.trainable import Trainable
 from commons.reporting.header import RunHeader
 from commons.reporting.peak_rates import TERA, peak_flops
 from commons.training.clock import measured_peak_flops
@@ -32,7 +32,7 @@ class Session:
     device: Device
     plan: Plan
     shape: ModelShape
-    trainable: Trainable | PipelinedTrainable
+    trainable: Trainable
     peak_flops: float | None
 
     def place(self, rank: int) -> Place:

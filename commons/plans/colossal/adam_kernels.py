@@ -4,7 +4,7 @@ at run time.
 Gemini's optimizer takes exactly Colossal-AI's own Adam classes, and these get their kernels from loaders that
 can be given other ones. torch's ``_fused_adamw_`` runs on CPU and CUDA and divides by the loss scale itself,
 but wants gradients of the parameters' dtype. Gemini's are bf16 or fp16 beside fp32 masters, so they are
-converted a piece at a time, or read as they are where the update may be compiled.
+converted piece by piece, or read as they are where the update may be compiled.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _adam_arithmetic(
 class CompiledAdam:
     """`fused_adam` as one compiled pass over the memory of each slot, whatever the gradient's dtype.
 
-    Fused by torch.compile it moves 28 bytes an element with bf16 gradients and weights, where torch's own kernel moves
+    Fused by torch.compile it moves 28 bytes per element with bf16 gradients and weights, where torch's own kernel moves
     28, a conversion of the gradients before it 6 and a copy of the weights after it 6 more. Small slots, and those that
     are not aligned, take torch's kernel.
     """
@@ -161,7 +161,7 @@ class CompiledAdam:
     ALIGNMENT_BYTES = 16  # the compiler would copy what is aligned less
 
     def __init__(self) -> None:
-        # A graph a size, of which a rank has few: with a size unknown to the compiler its masks keep accesses narrow
+        # One graph per size, of which a rank has few: where the compiler knows none, masks keep accesses narrow
         # (0.156 ms instead of 0.091 where gradient and weights are one tensor; H200, 12.6 million elements).
         self._update = CompiledFunction(_adam_arithmetic)
 
@@ -214,7 +214,7 @@ class _FusedOptimizerKernel:
 
 
 class _CpuAdamKernel:
-    """Colossal-AI's ``cpu_adam`` extension: an object made once, then called once a parameter."""
+    """Colossal-AI's ``cpu_adam`` extension: an object made once, then called once per parameter."""
 
     class CPUAdamOptimizer:
         def __init__(

@@ -20,7 +20,7 @@ from commons.model.cuda_graph import StepGraph, has_room, join
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.plans.colossal.chunks import blocks_first, chunk_configuration
 from commons.plans.colossal.runtime import prepare
-from commons.plans.trainable import Update
+from commons.plans.trainable import Mark, Update, weighted
 from model_zoo import build_model
 
 
@@ -43,10 +43,21 @@ class BoostedTrainable:
         return nullcontext() if last or not self._no_sync else self.booster.no_sync(self.model, self.optimizer)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch, an fp32 scalar. ``tokens``: int64 [batch, sequence]."""
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def backward(self, loss: torch.Tensor) -> None:
+        """The gradients of ``loss``, times the loss scale; on the last micro-batch averaged over the ranks
+        (collective).
+        """
         self.booster.backward(loss, self.optimizer)
+
+    def forward_backward(self, tokens: torch.Tensor, weight: float, mark: Mark) -> torch.Tensor | None:
+        mark("forward")
+        loss = weighted(self.forward(tokens), weight)
+        mark("backward")
+        self.backward(loss)
+        return loss
 
     def step(self) -> Update:
         updates = self.adam.updates
@@ -72,44 +83,48 @@ class BoostedTrainable:
 
 
 class GraphedTrainable(BoostedTrainable):
-    """The same with both passes recorded after the first steps; see commons.model.cuda_graph.
+    """The same with both passes captured as CUDA graphs after the first steps; see commons.model.cuda_graph.
 
     A replayed backward pass is that of the last replayed forward pass, whatever loss it is called with; where ranks
     share memory it has to come before the next forward pass (commons.distributed.peer_copies).
+
+    Attributes:
+        graph: the captured passes; None before, and where there was no room for them.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._steps = 0
-        self._graph: StepGraph | None = None
+        self.graph: StepGraph | None = None
         self._step_bytes = 0
         self._norms: dict[Any, torch.Tensor | None] = {}
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same, in memory that the next call overwrites."""
         if not torch.is_grad_enabled():
             return super().forward(tokens)
         self._steps += 1
         if self._steps == EAGER_STEPS + 1:
-            self._record(tokens)
-        return super().forward(tokens) if self._graph is None else self._graph.forward(tokens)
+            self._capture(tokens)
+        return super().forward(tokens) if self.graph is None else self.graph.forward(tokens)
 
     def backward(self, loss: torch.Tensor) -> None:
-        if self._graph is None:
+        if self.graph is None:
             super().backward(loss)
             self._step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             return
-        self._graph.backward()
+        self.graph.backward()
         for chunk, norm in self._norms.items():
-            chunk.l2_norm = norm  # where it was recorded; the optimizer forgets it after every step
+            chunk.l2_norm = norm  # where the graph writes it; the optimizer forgets it after every step
 
-    def _record(self, tokens: torch.Tensor) -> None:
-        if not every_rank(has_room(self._step_bytes), tokens.device):  # replayed passes meet only each other
-            say("too little device memory is free to record the passes (--cuda_graph): they are launched every time")
+    def _capture(self, tokens: torch.Tensor) -> None:
+        if not every_rank(has_room(self._step_bytes), tokens.device):  # captured passes wait only for captured ones
+            say("too little free device memory to capture CUDA graphs (--cuda_graph): falling back to eager launches")
             return
-        self._graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
-        self.replayed_bytes = self._graph.peak_bytes
+        self.graph = StepGraph(self._forward_alone, self._backward_alone, tokens)
+        self.replayed_bytes = self.graph.peak_bytes
         self._norms = {chunk: chunk.l2_norm for chunk in self.optimizer.chunk16_set}
-        say("forward and backward pass are recorded, and replayed from here on (--cuda_graph)")
+        say("captured forward and backward pass as CUDA graphs, replayed from here on (--cuda_graph)")
 
     def _forward_alone(self, tokens: torch.Tensor) -> torch.Tensor:
         loss = super().forward(tokens)
@@ -121,7 +136,7 @@ class GraphedTrainable(BoostedTrainable):
         self._join_gathers()
 
     def _join_gathers(self) -> None:
-        """Wait for what is gathered ahead: nothing that one pass begins may end in the other, where they are recorded
+        """Wait for what is gathered ahead: nothing that one pass begins may end in the other, as they are captured
         apart.
         """
         manager: Any = self.model.gemini_manager
@@ -131,19 +146,37 @@ class GraphedTrainable(BoostedTrainable):
 
 
 def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
-    """Wrap the model with GeminiPlugin (collective)."""
+    """Wrap the model with :class:`commons.plans.colossal.gemini.SuiteGeminiPlugin` (collective)."""
     prepare(device.type)
-    from colossalai.booster.plugin import GeminiPlugin
-
-    from commons.plans.colossal.block_hooks import run_by_blocks
-    from commons.plans.colossal.chunk_adam import update_by_chunks
-    from commons.plans.colossal.peer_chunks import share_parts
+    from commons.plans.colossal.model_regions import regions_for
 
     placement = config.gemini_placement()
     # on a GPU pinned memory makes the copies asynchronous; without offload there is nothing to pin
     offloads = placement["placement_policy"] == "auto" or placement["offload_optim_frac"] > 0
-    plugin = GeminiPlugin(
-        **placement,
+    plugin = _gemini_plugin(config, device, offloads)
+    model = new_model(config, device, lazy=True)
+    if placement["placement_policy"] == "static":
+        plugin.gemini_config["memstats"] = blocks_first(model)
+    peers = find_peers(config, device)
+    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
+    kind = GraphedTrainable if graphed else BoostedTrainable
+    trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
+    gemini: Any = trainable.model
+    if peers is not None:
+        copies = gemini.share_between(peers, replicated=placement["shard_param_frac"] == 0)
+        trainable.shared_bytes = copies.shared_bytes
+    regions = regions_for(gemini, config, device.type)
+    if regions is not None:
+        gemini.run_by(regions)
+    return trainable
+
+
+def _gemini_plugin(config: TrainConfig, device: Device, offloads: bool) -> Any:
+    """The plugin as ``config`` asks. ``offloads``: some of the optimizer's states are kept on the host."""
+    from commons.plans.colossal.gemini import SuiteGeminiPlugin
+
+    plugin = SuiteGeminiPlugin(
+        **config.gemini_placement(),
         precision=config.base_precision,
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
@@ -160,24 +193,13 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         ),
         tp_size=config.tp_degree,
     )
+    plugin.compiled_adam = wants_compile(config, device.type)
     plugin.shard_config.make_vocab_size_divisible_by = 1  # model_zoo has padded already; tp_degree divides what it made
     copy, _, part = plugin.pg_mesh.coordinate()  # pyright: ignore[reportGeneralTypeIssues]
     mesh_place = Place(data=copy, pipeline=0, tensor=part)
     check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=1, mesh_place=mesh_place)
     plugin.gemini_config["pin_memory"] = device.type == "cuda" and offloads
-    model = new_model(config, device, lazy=True)
-    if placement["placement_policy"] == "static":
-        plugin.gemini_config["memstats"] = blocks_first(model)
-    peers = find_peers(config, device)
-    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
-    kind = GraphedTrainable if graphed else BoostedTrainable
-    trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
-    if peers is not None:
-        gemini: Any = trainable.model
-        trainable.shared_bytes = share_parts(gemini, peers, replicated=placement["shard_param_frac"] == 0).shared_bytes
-    update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
-    run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
-    return trainable
+    return plugin
 
 
 def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:

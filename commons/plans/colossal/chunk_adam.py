@@ -18,7 +18,7 @@ all others (``HybridAdam.step`` ignores it there), and a step skipped for an fp1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -103,16 +103,21 @@ class ChunkAdam:
     """What takes the place of ``GeminiOptimizer.step``.
 
     Args:
-        optimizer: upstream's; it keeps the groups, states, loss scale and gradient norm.
+        optimizer: a ``GeminiOptimizer``; it keeps the groups, states, loss scale and gradient norm.
         adam: the optimizer inside of it.
         compiled: update by one compiled pass where memory is a GPU's.
+
+    Attributes:
+        runs: all of this rank's, chunk by chunk.
+        update_on_gpu: the update of the slots of one parameter group, where memory is a GPU's.
     """
 
-    def __init__(self, optimizer: Any, adam: SuiteAdam, compiled: bool) -> None:
+    def __init__(self, optimizer: Any, adam: SuiteAdam, *, compiled: bool) -> None:
         self._optimizer, self._adam = optimizer, adam
         self._chunks = optimizer.module.chunk_manager
-        self._runs = list(runs_of(optimizer))
-        self._update_on_gpu = CompiledAdam() if compiled else fused_adam
+        self.runs = list(runs_of(optimizer))
+        self.update_on_gpu: Callable[[Sequence[AdamSlot], AdamSettings], None]
+        self.update_on_gpu = CompiledAdam() if compiled else fused_adam
 
     @torch.no_grad()
     def step(self) -> None:
@@ -130,7 +135,7 @@ class ChunkAdam:
     def _update(self, div_scale: float) -> None:
         states, groups = self._adam.state, self._optimizer.param_groups
         by_kind: dict[tuple[int, str], list[AdamSlot]] = {}
-        for run in self._runs:
+        for run in self.runs:
             slot = run.slot(states, self._chunks.reuse_fp16_chunk)
             by_kind.setdefault((run.group, slot.param.device.type), []).append(slot)
             for stand_in, _ in run.stand_ins:
@@ -147,7 +152,7 @@ class ChunkAdam:
                 decoupled_weight_decay=self._adam.adamw_mode,
                 div_scale=div_scale,
             )
-            (self._update_on_gpu if device_type == "cuda" else fused_adam)(slots, settings)
+            (self.update_on_gpu if device_type == "cuda" else fused_adam)(slots, settings)
         for chunk in self._optimizer.chunk16_set:
             # the shard, wherever it lies, holds the new weights: nothing is left to be copied
             chunk.optim_sync_flag = True
@@ -158,10 +163,3 @@ class ChunkAdam:
         self._optimizer._clear_global_norm()
         if self._chunks.reuse_fp16_chunk:
             self._optimizer._update_fp16_params()
-
-
-def update_by_chunks(optimizer: Any, adam: SuiteAdam, *, compiled: bool) -> None:
-    """Make a ``GeminiOptimizer`` step by :class:`ChunkAdam`."""
-    optimizer.step = ChunkAdam(optimizer, adam, compiled).step
-    # no stand-in ever has a gradient to clear; an overflow has to be forgotten
-    optimizer.zero_grad = lambda *_, **__: optimizer.mix_precision_mixin.pre_zero_grad()

@@ -42,7 +42,7 @@ def chunk_configuration(
     them.
 
     Larger tensors (the embedding of all but the widest models) get a chunk of their own from Gemini. Where all blocks
-    share a chunk, so does the rest of the model: it is gathered once a step and its gradients are reduced once.
+    share a chunk, so does the rest of the model: it is gathered once per step and its gradients are reduced once.
     """
     elements = block_elements(shape, tp_degree) * min(blocks, shape.layers)
     if blocks >= shape.layers:
@@ -51,7 +51,7 @@ def chunk_configuration(
 
 
 def blocks_first(model: nn.Module) -> Any:
-    """Memory statistics that tell Gemini nothing but the order in which to fill its chunks: block by block, in
+    """Memory statistics that give Gemini nothing but the order in which to fill its chunks: block by block, in
     each the matrices before the vectors, then the rest.
 
     In the order of the module, the position table would come between embedding and blocks and shift every

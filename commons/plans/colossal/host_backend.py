@@ -1,7 +1,7 @@
 """Colossal-AI's Gemini, ZeRO and hybrid plans on a machine without a GPU: gloo ranks, host memory as the
 device.
 
-Colossal-AI tells "on the device" from "offloaded to the host" by ``device.type`` ("cuda" against "cpu"), and
+Colossal-AI distinguishes "on the device" from "offloaded to the host" by ``device.type`` ("cuda" against "cpu"), and
 its plugins insist on an accelerator named cuda or npu. Every torch call, on the other hand, takes a string as
 a device. So the accelerator below is called "cuda" and its current device is a string that says "cpu" to
 torch and ``type == "cuda"`` to Colossal-AI: the chunk state machine runs unpatched, moves and gathers
@@ -97,7 +97,7 @@ class HostMemoryMonitor:
 
     Args:
         chunk_manager: Gemini's; its ``total_mem["cuda"]`` counts the chunks on the device, in bytes.
-        working_set_bytes: stands for activations, which host memory does not tell apart.
+        working_set_bytes: stands for activations, which host memory does not count separately.
     """
 
     def __init__(self, chunk_manager: Any, working_set_bytes: int) -> None:

@@ -12,27 +12,23 @@ from commons.distributed.device import Device
 from commons.distributed.layout import Place, check_mesh
 from commons.plans.colossal.boosted import BoostedTrainable, boost, new_model
 from commons.plans.colossal.runtime import prepare
+from commons.plans.trainable import Mark
 
 
 class PipelinedBoostedTrainable(BoostedTrainable):
-    """A model in pipeline stages: forward and backward passes of microbatches alternate and cannot be told
-    apart.
+    """A model in pipeline stages: forward and backward passes of microbatches alternate and have no times of
+    their own.
     """
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         # the schedule itself accumulates over its microbatches and synchronises after the last one
         return nullcontext() if last else self.booster.no_sync(self.model, self.optimizer)
 
-    def forward_backward(self, tokens: torch.Tensor, weight: float) -> torch.Tensor | None:
-        """Run the pipeline's schedule over one batch (collective over the stages).
-
-        Args:
-            tokens: int64 [batch, sequence], the same on all stages.
-            weight: of this batch's loss in the step's, 1 / accumulated batches.
-
-        Returns:
-            The weighted loss on the last stage, None elsewhere.
+    def forward_backward(self, tokens: torch.Tensor, weight: float, mark: Mark) -> torch.Tensor | None:
+        """Run the pipeline's schedule over one batch (collective over the stages), the same ``tokens`` on all; its
+        passes alternate, so that all of it counts as forward.
         """
+        mark("forward")
         batch = {"input_ids": tokens, "labels": tokens}
         outcome = self.booster.execute_pipeline(
             iter([batch]),

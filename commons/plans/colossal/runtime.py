@@ -23,15 +23,15 @@ def prepare(device_type: str) -> None:
     import_colossalai()
     from colossalai.zero.gemini.memory_tracer import memstats_collector
 
-    from commons.plans.colossal import adam_kernels, chunk_memory, split_gpt2, upstream_fixes
+    from commons.plans.colossal import adam_kernels, faults, split_gpt2, suite_chunk
 
     # placement auto prints "finish_collection 36" into the step lines
     memstats_collector.print = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
     adam_kernels.register()
-    chunk_memory.install()
+    suite_chunk.install()
     split_gpt2.register()
     if device_type == "cpu":
         from commons.plans.colossal import host_backend
 
         host_backend.install()
-    upstream_fixes.apply()  # asks upstream about devices, so the device comes first
+    faults.mend_all()  # asks upstream about devices, so the device comes first
