@@ -53,6 +53,15 @@ def take_upstream_loss() -> None:
     split_gpt2._loss = loss
 
 
+def take_upstream_dropout() -> None:
+    """Run with the dropout layers that shardformer's policy chooses."""
+    import_colossalai()
+    from commons.plans.colossal import split_gpt2
+
+    split_gpt2.SplitGPT2Policy._match_dropout = lambda self, policy: None
+    split_gpt2.attend_over_own_heads = split_gpt2.sdpa_attention_forward
+
+
 def leave_chunks_unaligned() -> None:
     """Cut Gemini's chunks without regard to blocks, just above the largest matrix."""
     import_colossalai()
@@ -68,6 +77,7 @@ MODES = {
     "unmended": leave_unmended,
     "unaligned_chunks": leave_chunks_unaligned,
     "upstream_forward": take_upstream_forward,
+    "upstream_dropout": take_upstream_dropout,
     "upstream_loss": take_upstream_loss,
 }
 

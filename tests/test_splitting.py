@@ -89,6 +89,13 @@ FAULTS: dict[str, dict[Case, Callable[[dict], bool]]] = {
         # nor is it under Gemini; and DistCrossEntropy.backward loses its factor to ColoTensor
         Case(TP): lambda found: found["leak"] > 1e-4 and found["grad_norm"] > 1,
     },
+    "upstream_dropout": {
+        # DropoutForParallelInput: ranks drop other elements of what they all hold, and their copies drift apart
+        Case(f"{HYBRID} --tp_degree 2 --precision fp32 --dropout 0.1 --lr 1e-2"): lambda found: (
+            found["replica_difference"] > 1e-3
+        ),
+        Case(f"{TP} --dropout 0.1 --lr 1e-2"): lambda found: found["replica_difference"] > 1e-3,
+    },
     "upstream_loss": {
         # dist_cross_entropy's group is missing under Gemini, so it takes the world: half of the gradient
         Case(TP): lambda found: 0.4 < found["grad_norm"] < 0.6,

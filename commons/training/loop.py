@@ -18,6 +18,7 @@ from commons.config.schema import TrainConfig
 from commons.data.random_tokens import DrawnAhead, random_tokens
 from commons.distributed.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
 from commons.distributed.layout import Place, place
+from commons.distributed.seeding import seed_generators
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended, attempt_number, attempts_allowed
 from commons.model.gpt2 import attention_backend
@@ -100,12 +101,14 @@ def _place_lines(session: Session) -> list[str]:
 
 def build_session(config: TrainConfig, device: Device) -> Session:
     """Build and wrap the model (collective). ``config`` is resolved and checked."""
-    plan = PLANS[config.distplan]
+    plan, here = PLANS[config.distplan], place(device.rank, tp_degree=config.tp_degree, pp_degree=config.pp_degree)
+    seed_generators(config.seed, here)
     trainable = plan.build(config, device)
     if config.measure_peak:
         peak = measured_peak_flops(device, config.base_precision)
     else:
         peak = metrics.peak_flops(device.name, config.precision)
+    seed_generators(config.seed, here)  # again: training draws the same, whatever building and measuring drew
     return Session(config, device, plan, config.shape(), trainable, peak)
 
 

@@ -31,6 +31,7 @@ from model_zoo import build_model
 
 # Plans tell the gradient norm only where they clip; this clips nothing.
 NO_CLIP = 1e30
+NORM_PIECE = 1 << 22  # elements of a gradient that are fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def reference_steps(
                 part = model(input_ids=tokens, labels=tokens).loss / parts
                 part.backward()
                 loss += part.item()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or NO_CLIP).item()
+        norm = _clipped_norm(model, config.clip_grad_norm or NO_CLIP)
         for group in adam.param_groups:
             group["lr"] = learning_rate(config, step)
         if step not in skipped:
@@ -129,6 +130,21 @@ def reference_steps(
         adam.zero_grad()
         steps.append(ReferenceStep(loss, norm))
     return steps, model
+
+
+def _clipped_norm(model: nn.Module, max_norm: float) -> float:
+    """Clip the gradients in place; their L2 norm before, added up in fp64.
+
+    Written out here, a piece at a time: what a plan is measured with may share no code with it
+    (commons.ops.gradient_norm).
+    """
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    pieces = (piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE))
+    norm = math.sqrt(sum(piece.double().square().sum().item() for piece in pieces))
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
 
 
 def compare(config: TrainConfig, records: Sequence[StepRecord], reference: Sequence[ReferenceStep]) -> Parity:

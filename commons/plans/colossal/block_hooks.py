@@ -37,6 +37,7 @@ from commons.model.gpt2 import (
     GPT2Functions,
     attention_backend,
 )
+from commons.ops.gradient_norm import sum_of_squares
 from commons.plans.colossal.chunk_memory import mean_or_sum
 
 # Tokens whose backward pass through the whole model takes as long as all averages and a third more: 25 and 19 ms for
@@ -186,7 +187,8 @@ def squared_norm(chunk: Chunk) -> torch.Tensor:
     them up.
     ``Chunk.set_l2_norm``: https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/chunk.py
     """
-    return chunk.payload[: chunk.get_valid_length()].float().norm(2).double().square()
+    payload = chunk.payload[: chunk.get_valid_length()]
+    return sum_of_squares([payload], payload.device)
 
 
 def set_state(chunk: Chunk, state: TensorState, infos: Iterable[Any] | None = None) -> None:

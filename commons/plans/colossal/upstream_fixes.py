@@ -29,6 +29,8 @@ from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy
 
+from commons.ops.gradient_norm import sum_of_squares
+
 UPSTREAM = "https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/"
 
 
@@ -167,9 +169,8 @@ def _calc_global_norm(optimizer: Any) -> float:
         gradient = grad_chunk.payload[begin:end]
         norms.setdefault((gradient.device, copies), []).append(gradient)
     total = 0.0
-    for (_, copies), grads in norms.items():
-        parts = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-        total += parts.double().square().sum().item() / copies
+    for (device, copies), grads in norms.items():
+        total += sum_of_squares(grads, device).item() / copies
     buffer = torch.tensor(total, dtype=torch.float64, device=optimizer.module.chunk_manager.overflow_counter.device)
     dist.all_reduce(buffer, group=optimizer.module.zero_group)
     dist.all_reduce(buffer, group=optimizer.tp_group)
