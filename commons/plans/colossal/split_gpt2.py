@@ -107,16 +107,17 @@ class SplitGPT2Policy(GPT2LMHeadModelPolicy):
         if self.pipeline_stage_manager is None:
             forward = partial(split_forward, shard_config=self.shard_config)
             policy[GPT2LMHeadModel].method_replacement = {"forward": forward}
-        if self.shard_config.enable_tensor_parallelism:
-            self._match_dropout(policy)
+        shard_config: Any = self.shard_config
+        if shard_config.enable_tensor_parallelism:
+            self._match_dropout(policy, sequence_parallel=shard_config.enable_sequence_parallelism)
         return policy
 
-    def _match_dropout(self, policy: dict) -> None:
+    def _match_dropout(self, policy: dict, *, sequence_parallel: bool) -> None:
         """Leave dropout of whole activations as it is, whose generator all tensor-parallel ranks share, and take
         :class:`PartDropout` where each holds a part.
         """
         split = {"attn.attn_dropout"}
-        if self.shard_config.enable_sequence_parallelism:
+        if sequence_parallel:
             split |= {"attn.resid_dropout", "mlp.dropout"}
         for layer in (GPT2Model, GPT2Block):
             kept = []
