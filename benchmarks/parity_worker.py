@@ -116,7 +116,7 @@ class Worker:
         skipped = parity.skipped_steps(records)
         ranks = config.data_parallel_size(self.here.world_size)
         steps, start, end = reference(_reference_key(config), ranks, self.here.torch_device, skipped)
-        measured = parity.compare(config, records, steps)
+        measured = parity.compare(config, records, steps, ranks)
         found: dict[str, Any] = {
             "loss": measured.loss,
             "grad_norm": measured.grad_norm,
@@ -153,6 +153,7 @@ def _reference_key(config: TrainConfig) -> TrainConfig:
         "lr",
         "train_step",
         "model_type",
+        "num_layers",
         "seq_len",
         "num_heads",
         "device",

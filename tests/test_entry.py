@@ -74,7 +74,8 @@ def test_plain_python_trains(tmp_path: Path) -> None:
 def test_parity_beyond_the_bound_is_exit_code_1(tmp_path: Path) -> None:
     """The same check that passes everywhere fails where the run is another: here its bound is nothing."""
     program = (
-        "import sys; from commons.training import parity; parity.BOUNDS['bf16'] = parity.Bound(0.0, 0.0);"
+        "import sys; from commons.training import parity;"
+        "parity.ROUNDING['bf16'] = (parity.Rounding(0.0), parity.Rounding(0.0));"
         "import train_gpt_demo; train_gpt_demo.main(sys.argv[1:])"
     )
     flags = ["--log_dir", str(tmp_path), "--train_step", "2", "--warmup_step", "1", "--device", "cpu"]

@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
+from suite_runs import launch
 
 from commons.config.schema import TrainConfig
 from commons.distributed.layout import Place, check_mesh, place
+from commons.lifecycle.outcome import NOTHING_PROVED
 from commons.ops.vocab_parallel_cross_entropy import vocab_parallel_loss
 from commons.reporting.record import StepRecord
 from commons.training import parity
@@ -27,9 +29,13 @@ def _records(values: list[tuple[float, float | None, int]]) -> list[StepRecord]:
     ]
 
 
+def _config(precision: str, batch_size: int = 1, seq_len: int = 16, **settings) -> TrainConfig:
+    return TrainConfig(precision=precision, batch_size=batch_size, seq_len=seq_len, **settings)  # pyright: ignore[reportArgumentType]
+
+
 def _compare(values: list[tuple[float, float | None, int]]) -> parity.Parity:
     reference = [parity.ReferenceStep(loss=2.0, grad_norm=4.0)] * len(values)
-    return parity.compare(TrainConfig(precision="fp32"), _records(values), reference)
+    return parity.compare(_config("fp32"), _records(values), reference, 1)
 
 
 def test_the_worst_step_counts() -> None:
@@ -48,6 +54,90 @@ def test_one_bad_step_breaks_it_wherever_it_stands(bad: tuple) -> None:
 
 def test_no_known_norm_is_no_parity() -> None:
     assert not _compare([(2.0, None, 0)]).holds
+
+
+PLANTED = [
+    pytest.param(precision, number, tokens, id=f"{precision}, {number}, {tokens} tokens")
+    for precision in parity.ROUNDING
+    for number in ("loss", "grad_norm")
+    for tokens in (1, 15, 252, 2032, 500_000)
+]
+
+
+@pytest.mark.parametrize(("precision", "number", "tokens"), PLANTED)
+def test_a_difference_just_beyond_the_bound_breaks_and_one_just_inside_holds(
+    precision: str, number: str, tokens: int
+) -> None:
+    reference = [parity.ReferenceStep(loss=2.0, grad_norm=4.0)]
+    bound = getattr(parity.bound_for(precision, tokens), number)
+    for share, verdict in ((0.98, "holds"), (1.02, "BROKEN")):
+        planted = dataclasses.replace(reference[0], **{number: getattr(reference[0], number) * (1 + share * bound)})
+        records = _records([(planted.loss, planted.grad_norm, 0)])
+        found = parity.compare(_config(precision, seq_len=tokens + 1), records, reference, 1)
+        assert found.verdict == verdict, found
+
+
+def test_bounds_count_the_tokens_of_all_copies_and_batches() -> None:
+    records, reference = _records([(2.0, 4.0, 0)]), [parity.ReferenceStep(2.0, 4.0)]
+    config = _config("bf16", batch_size=3, seq_len=9, grad_accum=2)
+    assert parity.compare(config, records, reference, 4).bound == parity.bound_for("bf16", 3 * 8 * 2 * 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_error_of_a_thousandth_is_seen_at_every_size(precision: str) -> None:
+    """Of the loss under fp16, whose norms are rounded to 11 bits."""
+    for tokens in (2, 15, 252, 16384):
+        bound = parity.bound_for(precision, tokens)
+        assert bound.loss < 1e-3 and (bound.grad_norm < 1e-3 or precision == "fp16")
+
+
+def test_where_every_step_was_skipped_nothing_is_compared_and_nothing_broken() -> None:
+    reference = [parity.ReferenceStep(2.0, 4.0)] * 2
+    records = _records([(2.0, None, 1), (2.0, None, 2)])
+    found = parity.compare(_config("fp16"), records, reference, 1)
+    assert found.verdicts == {"loss": "holds", "gradient norm": "not compared"} and found.verdict == "not compared"
+    assert "gradient norm not compared (every step was skipped for overflow" in parity.describe(found)
+    broken = parity.compare(_config("fp16"), _records([(2.1, None, 1), (2.0, None, 2)]), reference, 1)
+    assert broken.verdict == "BROKEN"  # the losses are there to be compared
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_reference_that_is_no_number_blames_nobody(lost: float) -> None:
+    reference = [parity.ReferenceStep(2.0, 4.0), parity.ReferenceStep(lost, lost)]
+    alike = parity.compare(_config("fp32"), _records([(2.0, 4.0, 0), (lost, lost, 0)]), reference, 1)
+    assert alike.verdict == "not compared" and "not finite in 1 of 2 steps" in parity.describe(alike)
+    # what could be compared differs
+    wrong = parity.compare(_config("fp32"), _records([(2.1, 4.0, 0), (lost, lost, 0)]), reference, 1)
+    assert wrong.verdict == "BROKEN"
+    # and a run that is no number where its reference is one is wrong, whatever follows
+    early = parity.compare(_config("fp32"), _records([(lost, lost, 0), (lost, lost, 0)]), reference, 1)
+    assert early.verdict == "BROKEN"
+
+
+def test_nothing_and_nothing_are_equal_and_something_is_not() -> None:
+    reference = [parity.ReferenceStep(2.0, 0.0)]
+    assert parity.compare(_config("fp32"), _records([(2.0, 0.0, 0)]), reference, 1).holds
+    assert parity.compare(_config("fp32"), _records([(2.0, 1e-9, 0)]), reference, 1).verdict == "BROKEN"
+
+
+def test_every_step_skipped_through_the_entry_point(tmp_path) -> None:
+    """An infinite loss scale's worth of overflow: told as it is, with an exit code of its own."""
+    flags = "--model_type gpt2_tiny --batch_size 2 --seq_len 16 --train_step 2 --warmup_step 1 --precision fp16"
+    flags += " --initial_loss_scale 1e30 --check_parity true --distplan Pytorch_DDP --device cpu"
+    run = launch(tmp_path, *flags.split())
+    assert run.returncode == NOTHING_PROVED == 3, run.console
+    assert "not compared (every step was skipped for overflow" in run.console and "BROKEN" not in run.console
+    assert run.file("parity.json")["verdict"] == "not compared" and run.file("parity.json")["holds"] is False
+
+
+def test_a_single_layer_of_real_width_is_no_broken_plan(tmp_path) -> None:
+    """The true norm of this run's first step, in float64, is 21.43832; one fp32 sum made 21.43739 of it."""
+    flags = "--distplan CAI_Hybrid --precision fp32 --model_type gpt2_small --num_layers 1 --batch_size 1 --seq_len 16"
+    flags += " --train_step 2 --warmup_step 1 --check_parity true --device cpu"
+    run = launch(tmp_path, *flags.split())
+    assert run.returncode == 0, run.console
+    assert run.records[0]["grad_norm"] == pytest.approx(21.43831974, rel=1e-6)
+    assert run.file("parity.json")["grad_norm"] < 1e-6
 
 
 def test_skipped_steps_are_found_and_their_norms_left_out() -> None:

@@ -2,7 +2,7 @@
 
 | how          | exit code | because of |
 |--------------|-----------|------------|
-| finished     | 0         | all steps are done (1 where --check_parity then found a difference) |
+| finished     | 0         | all steps are done (--check_parity: 1 after a difference, 3 where it could not compare) |
 | SIGTERM, ... | 128 + n   | a signal asked for it |
 | bad steps    | 1         | --max_bad_steps losses in a row were not finite |
 | failed       | 1, or the rank's own | an exception, a killed rank, a log that could not be written |
@@ -24,6 +24,7 @@ HOW = ("finished", "bad steps", "failed", "hung")  # and the names of STOP_SIGNA
 # for an orderly end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 FAILURE = 1
+NOTHING_PROVED = 3  # --check_parity had something that it could not compare: neither a success nor a difference
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torchrun's engine looks for what a rank died of
 
 

@@ -17,6 +17,7 @@ from commons.config.schema import TrainConfig
 from commons.distributed.device import Device, compute_dtype
 from commons.model.compile import functions_for, run_as_functions
 from commons.model.initial_weights import decay_groups, seeded_init_
+from commons.ops.gradient_norm import clip_, sum_of_squares
 from commons.plans.trainable import Mark, Update, weighted
 from model_zoo import build_model
 
@@ -31,7 +32,7 @@ class TorchTrainable:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
         self._autocast_dtype = compute_dtype(config.base_precision) if autocast and config.precision != "fp32" else None
-        self._device_type = device.type
+        self._device_type, self._device = device.type, device.torch_device
         fp16 = config.precision == "fp16"
         self.loss_scaler = torch.amp.GradScaler(device.type, init_scale=config.initial_loss_scale, enabled=fp16)
 
@@ -67,14 +68,25 @@ class TorchTrainable:
         norm = None
         if self._clip_grad_norm > 0:
             self.loss_scaler.unscale_(self.optimizer)
-            total = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad_norm)
-            norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # pyright: ignore
+            norm = float(self._clip())
         scale = self.loss_scaler.get_scale()
         self.loss_scaler.step(self.optimizer)
         self.loss_scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         skipped = self.loss_scaler.get_scale() < scale
         return Update(None if skipped else norm, skipped)
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients, whole or sharded (collective); the norm before, an fp64 scalar on the device."""
+        gradients: list[Any] = [p.grad for p in self.model.parameters() if p.grad is not None]
+        sharded = not isinstance(self.model, DistributedDataParallel)
+        parts = [gradient.to_local() for gradient in gradients] if sharded else gradients
+        squares = sum_of_squares(parts, self._device)
+        if sharded:
+            dist.all_reduce(squares)
+        norm = squares.sqrt()
+        clip_(parts, norm, self._clip_grad_norm)
+        return norm
 
 
 def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:

@@ -9,6 +9,7 @@ from commons.config.auto import wants_graph
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
+from commons.distributed.seeding import seed_generators
 from commons.lifecycle.job import read_job
 from commons.plans.registry import PLANS, Plan
 from commons.plans.trainable import Trainable
@@ -90,12 +91,14 @@ class Session:
 
 def build_session(config: TrainConfig, device: Device) -> Session:
     """Build and wrap the model (collective). ``config`` is resolved and checked."""
-    plan = PLANS[config.distplan]
+    plan, here = PLANS[config.distplan], place(device.rank, tp_degree=config.tp_degree, pp_degree=config.pp_degree)
+    seed_generators(config.seed, here)
     trainable = plan.build(config, device)
     if config.measure_peak:
         peak = measured_peak_flops(device, config.base_precision)
     else:
         peak = peak_flops(device.name, config.precision)
+    seed_generators(config.seed, here)  # again: training draws the same, whatever building and measuring drew
     return Session(config, device, plan, config.shape(), trainable, peak)
 
 

@@ -29,6 +29,7 @@ from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.chunk.chunk import alloc_storage, free_storage, is_storage_empty
 
 from commons.distributed.peer_copies import PeerCopies
+from commons.ops.gradient_norm import sum_of_squares
 
 CONSTRUCTED_IN = ("colossalai.zero.gemini.chunk.manager", "colossalai.zero.gemini.chunk.chunk")
 
@@ -207,7 +208,8 @@ class SuiteChunk(Chunk):
         ``Chunk.set_l2_norm`` makes a Python number of it, which waits for the device once per chunk; the optimizer only
         adds them up.
         """
-        return self.payload[: self.get_valid_length()].float().norm(2).double().square()
+        payload = self.payload[: self.get_valid_length()]
+        return sum_of_squares([payload], payload.device)
 
     def set_states(self, state: TensorState, infos: Iterable[Any] | None = None) -> None:
         """Put the tensors of ``infos`` (default: all) into ``state``, and count them there."""

@@ -13,6 +13,7 @@ from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelNaive
 from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 from torch import nn
 
+from commons.ops.gradient_norm import sum_of_squares
 from commons.plans.colossal.faults.base import (
     DATA_GROUP,
     SPLIT_GRADIENT,
@@ -78,9 +79,8 @@ def _calc_global_norm(optimizer: Any) -> float:
         gradient = grad_chunk.payload[begin:end]
         norms.setdefault((gradient.device, copies), []).append(gradient)
     total = 0.0
-    for (_, copies), grads in norms.items():
-        parts = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-        total += parts.double().square().sum().item() / copies
+    for (device, copies), grads in norms.items():
+        total += sum_of_squares(grads, device).item() / copies
     buffer = torch.tensor(total, dtype=torch.float64, device=optimizer.module.chunk_manager.overflow_counter.device)
     dist.all_reduce(buffer, group=optimizer.module.zero_group)
     dist.all_reduce(buffer, group=optimizer.tp_group)
