@@ -21,7 +21,7 @@ done
 if [[ -n $doctor ]]; then
     # It has to work where nothing can be installed, so any Python will do.
     python="$(bash "$root/install.sh" --which 2>/dev/null)" ||
-        python="$(type -P "$root/.venv/bin/python" python3 python python2 | head -n 1)" || true
+        python="$(type -P "$root/.venv/bin/python" python3 python | head -n 1)" || true
     if [[ -z $python ]]; then
         echo "run_gemini.sh: error: no Python found: apt-get install python3 python3-venv" >&2
         exit 1

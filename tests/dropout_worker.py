@@ -27,7 +27,7 @@ from benchmarks.parity_worker import replica_difference
 from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.data.random_tokens import random_tokens
-from commons.distributed import process_group
+from commons.distributed import device, process_group
 from commons.distributed.layout import Place
 from commons.distributed.seeding import seed_generators
 from commons.lifecycle import leaving
@@ -174,7 +174,6 @@ def run(flags: str, here: device.Device) -> dict:
 
 
 def main(results: Path, cases: list[str]) -> None:
-    device.detect_type("cpu")
     here = process_group.launch("cpu", 120.0)
     for flags in cases:
         found = run(flags, here)

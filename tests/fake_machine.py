@@ -1,7 +1,9 @@
-"""A faked computer for test_doctor.py: files; nvidia-smi's, libcuda's, torch's and the system's answers."""
+"""A faked computer for tests/doctor: files; the answers of nvidia-smi, libcuda, torch and the system."""
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from commons.doctor import Machine, versions
-from commons.doctor.machine import AllReduce, Disk, Distribution, TorchFiles, TorchImport
+from commons.doctor.machine import Disk, Distribution, TorchFiles, TorchImport
 from commons.doctor.processes import Completed
 
 GIB = 1 << 30
@@ -40,11 +42,10 @@ class FakeSmi:
         cuda: str = "12.4",
         unknown: Sequence[str] = (),
         processes: Sequence[str] = (),
-        mig: Sequence[str] = (),
         failure: Completed | None = None,
     ):
         self.gpus, self.cuda, self.unknown = gpus, cuda, unknown
-        self.processes, self.mig, self.failure = processes, mig, failure
+        self.processes, self.failure = processes, failure
         self.queries = 0
 
     def __call__(self, arguments: Sequence[str]) -> Completed:
@@ -52,8 +53,6 @@ class FakeSmi:
             return self.failure
         if not arguments:
             return Completed(0, f"| NVIDIA-SMI 550.65    Driver Version: x    CUDA Version: {self.cuda}     |")
-        if arguments[0] == "-L":
-            return Completed(0, "".join(f"  MIG 1g.18gb  Device 0: (UUID: {uuid})\n" for uuid in self.mig))
         kind, _, fields = arguments[0].partition("=")
         if kind == "--query-compute-apps":
             return Completed(0, "\n".join(self.processes))
@@ -77,28 +76,18 @@ def gpu(index: int = 0, **changes: str) -> dict[str, str]:
         "memory.used": "4",
         "compute_cap": "9.0",
         "compute_mode": "Default",
-        "persistence_mode": "Enabled",
-        "mig.mode.current": "Disabled",
-        "mig.mode.pending": "Disabled",
-        "ecc.errors.uncorrected.volatile.total": "0",
-        "clocks_event_reasons.active": "0x0000000000000001",
-        "clocks_throttle_reasons.active": "0x0000000000000001",
     }
     return answers | {name.replace("__", "."): value for name, value in changes.items()}
 
 
 def rtx_4070(**changes: str) -> dict[str, str]:
-    """What the report's card answers under WSL, where much is not supported."""
+    """What the card of README's case 1 answers under WSL."""
     return gpu(
         name="NVIDIA GeForce RTX 4070",
         driver_version="551.78",
         memory__total="12282",
         memory__used="1021",
         compute_cap="8.9",
-        mig__mode__current="[N/A]",
-        mig__mode__pending="[N/A]",
-        ecc__errors__uncorrected__volatile__total="[N/A]",
-        persistence_mode="Enabled",
     ) | {name.replace("__", "."): value for name, value in changes.items()}
 
 
@@ -107,24 +96,14 @@ class FakeMachine(Machine):
 
     programs: dict[str, Callable[[Sequence[str]], Completed]]
     disks: dict[str, Disk | None]
-    limits: dict[str, tuple[int | None, int | None]]
     locked: dict[str, str]
-    reductions: dict[str, AllReduce]
 
     def __init__(self, root: Path):
         super().__init__(root, {"PATH": "/usr/bin", "HOME": "/home/ada"})
         self.programs, self.locked = {}, {}
-        plenty = Disk(500 * GIB, 400 * GIB, True)
-        self.disks = {"/dev/shm": plenty, "/home/ada/suite": plenty, "/tmp": plenty}
-        self.limits = {"memlock": (None, None), "nofile": (65536, 65536)}
-        self.reductions = {
-            "gloo": AllReduce(True, 0.001, ("10.0.0.5",)),
-            "nccl": AllReduce(True, 0.0002, log="NET/Socket : Using [0]eth0:10.0.0.5<0>\n[0] via P2P/CUMEM"),
-        }
-        self.system, self.processor, self.python = "Linux", "x86_64", (3, 11, 7)
-        self.python_path, self.working_folder, self.temporary_folder = "python", "/home/ada/suite", "/tmp"
-        self.cpus = 16
-        self.interface_addresses = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.5"]}
+        self.disks = {"/dev/shm": Disk(30 * GIB, 30 * GIB)}
+        self.processor, self.python, self.python_path = "x86_64", (3, 11, 7), "python"
+        self.interfaces = ["lo", "eth0"]
         self.hostname_answer = {"hostname": "box", "address": "10.0.0.5"}
         self.distributions = tuple(
             Distribution(name, version, "/venv/site-packages")
@@ -173,11 +152,8 @@ class FakeMachine(Machine):
     def with_torch(self, version: str, cuda: str | None, arch_list: str = "sm_80 sm_86 sm_90") -> FakeMachine:
         path = "/venv/site-packages/torch"
         devices = self.libcuda.devices if cuda and self.libcuda.works else ()
-        peers = tuple(tuple(True for _ in devices) for _ in devices)
-        self.torch_files = TorchFiles(version, cuda, None, path)
-        self.torch = TorchImport(
-            True, version, path, cuda, tuple(arch_list.split()), devices, peers, "2.21.5", True, 1.0
-        )
+        self.torch_files = TorchFiles(version, cuda, path)
+        self.torch = TorchImport(True, version, path, cuda, tuple(arch_list.split()), devices, "2.21.5", 1.0)
         self.distributions = tuple(
             replace(each, version=version) if each.name == "torch" else each for each in self.distributions
         )
@@ -189,17 +165,11 @@ class FakeMachine(Machine):
         found = self.which(command[0])
         return self.programs[found](command[1:]) if found else Completed(None, missing=True)
 
-    def limit(self, name: str) -> tuple[int | None, int | None]:
-        return self.limits[name]
-
     def disk(self, path: str) -> Disk | None:
         return self.disks[path]
 
     def open_problem(self, path: str) -> str:
-        return self.locked.get(path, "")
+        return self.locked.get(path, "" if self.exists(path) else os.strerror(errno.ENOENT))
 
     def owning_group(self, path: str) -> str:
         return "video"
-
-    def all_reduce(self, backend: str, ranks: int, timeout_seconds: float) -> AllReduce:
-        return self.reductions[backend]

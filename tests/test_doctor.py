@@ -9,13 +9,11 @@ import os
 import pty
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,6 @@ from commons.doctor import (
     explain_failure,
     explain_no_gpu,
     host,
-    old_python,
-    packages,
-    probes,
     smi,
     torch_build,
     versions,
@@ -43,16 +38,14 @@ from commons.doctor import (
 )
 from commons.doctor.diagnosis import TOPICS, Check, run_check
 from commons.doctor.machine import (
-    AllReduce,
     CudaDevice,
     Disk,
     Distribution,
     Libcuda,
     TorchFiles,
     TorchImport,
-    judge_all_reduce,
 )
-from commons.doctor.processes import Completed, run_process, run_together
+from commons.doctor.processes import Completed, run_process
 from commons.doctor.report import SCHEMA_VERSION, as_json, wants_colour
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,9 +132,10 @@ def test_every_check_has_something_to_say_about_a_good_machine(linux: FakeMachin
     two = (H100, H100)
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
     linux.libcuda = replace(linux.libcuda, devices=two)
-    assert set(found(linux.with_torch("2.6.0", "12.4"))) == {check.name for check in CHECKS}
-    seen = found(linux)["all-reduce"].seen
-    assert seen == "between GPUs by P2P; network [0]eth0:10.0.0.5<0>", seen
+    quiet = {"wsl"}  # says nothing where there is no WSL 1
+    assert set(found(linux.with_torch("2.6.0", "12.4"))) == {check.name for check in CHECKS} - quiet
+    seen = found(linux)["torch-import"].seen
+    assert seen.endswith("; GPUs that it sees: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3; NCCL 2.21.5"), seen
 
 
 def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
@@ -150,8 +144,7 @@ def test_no_gpu_is_a_warning_and_training_goes_on(no_gpu: FakeMachine) -> None:
     assert "--device cpu" in finding.cure
     assert why_no_gpu(no_gpu) == ("this machine has no NVIDIA GPU", "")
     no_gpu.with_torch("2.6.0", "12.4")
-    assert not {"torch-cuda", "torch-arch", "torch-gpu", "peer-access"} & set(found(no_gpu))
-    assert not {"device-nodes", "mig", "compute-mode", "libcuda", "clocks", "ecc", "gpu-use"} & set(found(no_gpu))
+    assert not {"torch-cuda", "torch-arch", "compute-mode", "libcuda", "gpu-use"} & set(found(no_gpu))
 
 
 # --- the README's cases
@@ -228,8 +221,8 @@ def test_the_report_to_the_end(wsl: FakeMachine) -> None:
     wsl.with_torch("2.13.0", "13.0", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120")
     wsl.torch = replace(wsl.torch, devices=(), error="RuntimeError: The NVIDIA driver on your system is too old")
     wsl.forget()
-    driver_too_old, sees_none = explain_failure("RuntimeError: No CUDA GPUs are available", wsl)
-    assert (driver_too_old.id, sees_none.id) == ("torch-cuda.newer-than-driver", "torch-gpu.none")
+    (driver_too_old,) = explain_failure("RuntimeError: No CUDA GPUs are available", wsl)
+    assert driver_too_old.id == "torch-cuda.newer-than-driver"
     assert driver_too_old.title == "torch was built for CUDA 13.0 and the driver runs CUDA 12.4 at most"
     assert "driver 551.78" in driver_too_old.seen
     cures = driver_too_old.cure.splitlines()
@@ -274,11 +267,6 @@ def test_case_1_containers_in_wsl_have_their_libcuda_elsewhere(wsl: FakeMachine)
     assert troubles(wsl) == {}
     wsl.libcuda = Libcuda(True, (mounted,), (12, 4), 100)
     assert only(wsl.with_torch("2.6.0", "12.4")).id == "libcuda.no-device"
-
-
-def test_linux_driver_in_wsl_that_hides_nothing_yet(wsl: FakeMachine) -> None:
-    wsl.write(INSIDE_WSL)
-    assert only(wsl).id == "libcuda.linux-driver-in-wsl"
 
 
 @pytest.mark.parametrize(("cuda", "version"), [("12.4", "2.10.0"), ("13.0", "2.13.0")])
@@ -433,7 +421,7 @@ def test_case_6_container_without_gpus(no_gpu: FakeMachine, mark: str, engine: s
     finding = only(no_gpu.with_torch("2.6.0", "12.4"))
     assert (finding.id, finding.level) == ("driver.container", "error")
     assert finding.cure.startswith(cure)
-    assert engine in found(no_gpu)["container"].title
+    assert f"container of {engine}" in found(no_gpu)["system"].seen
     no_gpu.at("/proc/driver/nvidia/version").unlink()
     assert only(no_gpu).id == "driver.no-gpu", "an ordinary container on a host without a GPU"
     no_gpu.write("/dev/nvidia3")
@@ -443,10 +431,6 @@ def test_case_6_container_without_gpus(no_gpu: FakeMachine, mark: str, engine: s
 SMI_FAILURES = {
     "version-mismatch": "Failed to initialize NVML: Driver/library version mismatch\nNVML library: 550",
     "not-loaded": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make",
-    "gpu-lost": "Unable to determine the device handle for GPU0000:41:00.0: GPU is lost.  Reboot the system",
-    "blocked": "Failed to initialize NVML: GPU access blocked by the operating system",
-    "permission": "Failed to initialize NVML: Insufficient Permissions",
-    "no-devices": "No devices were found",
     "nvml-unknown": "Failed to initialize NVML: Unknown Error",
     "fails": "Segmentation fault",
 }
@@ -472,6 +456,7 @@ def test_nvidia_smi_failures(linux: FakeMachine, cause: str) -> None:
     linux.write("/.dockerenv")
     assert finding.cure in only(linux).cure or cause == "nvml-unknown"
     assert "on the host" in only(linux).cure
+    assert "reboot" not in finding.cure or cause != "fails"
 
 
 @pytest.mark.parametrize(
@@ -480,7 +465,7 @@ def test_nvidia_smi_failures(linux: FakeMachine, cause: str) -> None:
         ("/.dockerenv", {}, "docker restart box   # on the host"),
         ("/run/.containerenv", {}, "podman restart box   # on the host"),
         ("/.singularity.d/x", {}, "apptainer exec --nv ..."),
-        ("/tmp/x", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubectl delete pod box   # its deployment or job starts"),
+        ("/tmp/x", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubectl set resources deployment NAME"),
     ],
 )
 def test_a_container_that_lost_its_gpu(linux: FakeMachine, mark: str, environment: dict[str, str], cure: str) -> None:
@@ -521,7 +506,7 @@ def test_case_8_versions(linux: FakeMachine, name: str, version: str, finding_id
 
 @pytest.mark.parametrize("version", ["2.5.1", "2.13.0+cpu", "2.13.7", "2.7.1+cu128"])
 def test_tested_versions(version: str) -> None:
-    assert packages.is_tested(version, versions.TESTED["torch"])
+    assert versions.compare("torch", version, versions.TESTED["torch"], "") is None
 
 
 def test_case_9_gpu_used_by_others(linux: FakeMachine) -> None:
@@ -568,33 +553,13 @@ def test_case_9_compute_modes(linux: FakeMachine, mode: str, finding_id: str, le
     finding = only(linux)
     assert (finding.id, finding.level) == (finding_id, level)
     assert finding.cure == "sudo nvidia-smi -i 0 -c DEFAULT"
-    assert finding.seen.endswith("persistence mode Enabled: it stays until the next restart")
+    assert finding.seen == f"compute mode {mode}"
     assert "compute-mode" not in found(linux)
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(compute_mode=mode, persistence_mode="Disabled")))
-    assert "it goes when the last process leaves the GPU" in only(linux).seen
-
-
-@pytest.mark.parametrize(
-    ("mode", "title"),
-    [
-        ("Enabled", "the driver stays loaded between runs"),
-        ("Disabled", "the driver sleeps between runs"),
-        ("[N/A]", "these GPUs know no persistence mode"),
-    ],
-)
-def test_persistence_is_told_and_no_trouble(linux: FakeMachine, mode: str, title: str) -> None:
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1, persistence_mode=mode), gpu(2, persistence_mode=mode)))
-    linux.libcuda = replace(linux.libcuda, devices=(H100,) * 3)
-    assert troubles(linux.with_torch("2.6.0", "12.4")) == {}
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(persistence_mode=mode)))
-    finding = found(linux)["persistence"]
-    assert finding.title == title
-    assert ("-pm 1" in finding.why) == (mode == "Disabled")
 
 
 def test_case_10_small_shared_memory(linux: FakeMachine) -> None:
     linux.write("/.dockerenv")
-    linux.disks["/dev/shm"] = Disk(64 << 20, 64 << 20, True)
+    linux.disks["/dev/shm"] = Disk(64 << 20, 64 << 20)
     finding = only(linux)
     assert (finding.id, finding.level) == ("shm.small", "warning")
     assert finding.cure.startswith("docker run --shm-size=8g")
@@ -609,12 +574,14 @@ def test_case_10_killed_for_lack_of_memory(wsl: FakeMachine) -> None:
     trouble = troubles(wsl)
     assert list(trouble) == ["memory.little", "cgroup.oom-kills"]
     assert "3 process" in trouble["cgroup.oom-kills"].title
-    opens_it = 'cmd.exe /c "notepad %UserProfile%\\.wslconfig"   # write below [wsl2]: memory=24GB'
+    opens_it = 'cmd.exe /c "notepad %UserProfile%\\.wslconfig"   # write below [wsl2]: memory=12GB'
     assert all(finding.cure.startswith(opens_it) for finding in trouble.values())
     assert explain_failure("exitcode: -9 (SIGKILL)", wsl) == list(trouble.values())
     assert "cgroup" not in found(wsl)
     wsl.write("/.dockerenv")
-    assert troubles(wsl)["memory.little"].cure.startswith("docker run --memory")
+    assert troubles(wsl)["memory.little"].cure.startswith(opens_it), "no limit of the container to raise"
+    wsl.write("/sys/fs/cgroup/memory.max", f"{2 * GIB}\n")
+    assert troubles(wsl)["memory.little"].cure.startswith("docker run --memory=7g")
 
 
 def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
@@ -643,7 +610,7 @@ def test_case_11_hang_between_machines(linux: FakeMachine) -> None:
     ],
 )
 def test_case_11_interfaces(linux: FakeMachine, environment: dict[str, str], finding_id: str) -> None:
-    linux.interface_addresses["docker0"] = ["172.17.0.1"]
+    linux.interfaces.append("docker0")
     assert list(troubles(linux.with_environment(**environment))) == ([finding_id] if finding_id else [])
 
 
@@ -653,25 +620,6 @@ def test_nvidia_smi_of_a_linux_driver_is_passed_over_in_wsl(wsl: FakeMachine) ->
     assert troubles(wsl) == {}
     wsl.install("/usr/lib/wsl/lib/nvidia-smi", FakeSmi(failure=failure))
     assert troubles(wsl)["driver.not-loaded"].cure.startswith("wsl.exe --update")
-
-
-@pytest.mark.parametrize(
-    ("address", "text"),
-    [
-        ("10.0.0.5", "over eth0 (10.0.0.5)"),
-        ("127.0.1.1", "over lo (127.0.1.1)"),
-        ("::1", "over lo (::1)"),
-        ("10.9.9.9", "over ? (10.9.9.9)"),
-    ],
-)
-def test_case_11_the_interface_taken(no_gpu: FakeMachine, address: str, text: str) -> None:
-    no_gpu.reductions["gloo"] = AllReduce(True, 0.0025, (address,))
-    finding = found(no_gpu)["all-reduce"]
-    assert (finding.title, finding.seen) == ("2 processes summed over gloo in 2.5 ms", text)
-    assert found(no_gpu)["interface"].title == "the way out is eth0"
-    assert found(no_gpu)["hostname"].seen == ""
-    no_gpu.write("/proc/net/route", "Iface\n")
-    assert found(no_gpu)["interface"].title == "no way out of this machine"
 
 
 # --- the error texts that README quotes
@@ -699,7 +647,7 @@ def with_a_taken_gpu(machine: FakeMachine) -> FakeMachine:
 
 def with_little_memory(machine: FakeMachine) -> FakeMachine:
     machine.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
-    machine.disks["/dev/shm"] = Disk(64 << 20, 64 << 20, True)
+    machine.disks["/dev/shm"] = Disk(64 << 20, 64 << 20)
     return machine
 
 
@@ -770,16 +718,15 @@ def test_a_text_leads_to_its_case(case: int, text: str, request: pytest.FixtureR
 @pytest.mark.parametrize(
     ("code", "cause"),
     [
-        (2, "out-of-memory"),
-        (46, "unavailable"),
         (100, "no-device"),
         (0, "no-device"),
-        (304, "system-call"),
+        (304, "unknown"),
         (802, "fabric-manager"),
         (803, "version-mismatch"),
         (804, "compat"),
         (999, "unknown"),
         (34, "stub"),
+        (46, "init-failed"),
         (1234, "init-failed"),
         (None, "init-failed"),
     ],
@@ -790,7 +737,7 @@ def test_cuinit_answers(linux: FakeMachine, code: int | None, cause: str) -> Non
     finding = only(linux.with_torch("2.6.0", "12.4"))
     assert (finding.id, finding.level) == (f"libcuda.{cause}", "error")
     assert LINUX_LIBCUDA in finding.seen
-    if cause != "stub":
+    if cause:
         assert "Open Kernel Module  550.90" in finding.seen
         assert ("ended by signal 11" if code is None else f"cuInit answers {code}") in finding.seen
 
@@ -812,9 +759,9 @@ def test_wsl_restart_comes_first(wsl: FakeMachine) -> None:
     assert finding.cure.startswith("wsl.exe --shutdown")
 
 
-def test_libcuda_that_hangs_or_is_not_there(linux: FakeMachine, wsl: FakeMachine) -> None:
+def test_libcuda_that_hangs(linux: FakeMachine) -> None:
     linux.libcuda = Libcuda(False, error="no answer in 30 s", timed_out=True)
-    assert "libcuda.hangs" in troubles(linux, "gpu")
+    assert "no answer in 30 s" in troubles(linux, "gpu")["libcuda.init-failed"].seen
 
 
 def test_libcuda_is_missing(linux: FakeMachine) -> None:
@@ -860,10 +807,18 @@ def test_wsl_by_kernel(tmp_path: Path, kernel: str, environment: dict[str, str],
 
 def test_wsl_without_its_device_node(wsl: FakeMachine) -> None:
     wsl.at("/dev/dxg").unlink()
-    assert (only(wsl).id, only(wsl).level) == ("device-nodes.no-dxg", "error")
+    wsl.libcuda = Libcuda(True, (WSL_LIBCUDA,), (12, 4), 100)
+    wsl.with_torch("2.6.0", "12.4")
+    assert (only(wsl).id, only(wsl).level) == ("libcuda.device-nodes", "error")
+    assert (only(wsl).title, only(wsl).seen) == (
+        "the GPU's device nodes are missing",
+        f"/dev/dxg: {os.strerror(errno.ENOENT)}; {WSL_LIBCUDA}: cuInit answers 100",
+    )
+    assert only(wsl).cure.startswith("wsl.exe --update")
     wsl.write("/dev/dxg")
     wsl.locked["/dev/dxg"] = os.strerror(errno.EACCES)
-    assert only(wsl).id == "device-nodes.permission"
+    assert only(wsl).id == "libcuda.device-nodes"
+    assert only(wsl).cure == "sudo chmod a+rw /dev/dxg"
 
 
 def test_wsl_on_a_windows_without_nvidia(wsl: FakeMachine) -> None:
@@ -872,8 +827,6 @@ def test_wsl_on_a_windows_without_nvidia(wsl: FakeMachine) -> None:
     finding = only(wsl.with_torch("2.6.0", "12.4"))
     assert (finding.id, finding.level) == ("driver.no-gpu", "warning")
     assert "wsl.exe --update" in finding.cure
-    wsl.at("/dev/dxg").unlink()
-    assert troubles(wsl)["device-nodes.no-dxg"].level == "warning"
 
 
 def test_gpu_without_a_driver(no_gpu: FakeMachine) -> None:
@@ -908,84 +861,38 @@ def test_nvidia_smi_hangs(linux: FakeMachine) -> None:
 
 
 def test_device_nodes(linux: FakeMachine) -> None:
-    assert found(linux)["device-nodes"].seen == "/dev/nvidia0, /dev/nvidiactl, /dev/nvidia-uvm"
     linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 4), 100)
     linux.with_torch("2.6.0", "12.4").locked["/dev/nvidia0"] = os.strerror(errno.EACCES)
-    assert [finding.id for finding in explain_no_gpu(linux)][:1] == ["device-nodes.permission"]
-    assert "device-nodes" not in found(linux)
-    assert "usermod -aG video $USER" in explain_no_gpu(linux)[0].cure
+    assert [finding.id for finding in explain_no_gpu(linux)] == ["libcuda.device-nodes"]
+    assert only(linux).title == "this user may not open the GPU's device nodes"
+    assert only(linux).seen == f"/dev/nvidia0: {os.strerror(errno.EACCES)}; {LINUX_LIBCUDA}: cuInit answers 100"
+    assert "usermod -aG video $USER" in only(linux).cure
     linux.locked.clear()
     linux.at("/dev/nvidia-uvm").unlink()
-    assert explain_no_gpu(linux)[0].id == "device-nodes.missing"
-    assert "nvidia-modprobe" in explain_no_gpu(linux)[0].cure
-    assert "device-nodes" not in found(linux)
+    assert only(linux).title == "the GPU's device nodes are missing"
+    assert only(linux).seen.startswith(f"/dev/nvidia-uvm: {os.strerror(errno.ENOENT)}; ")
+    assert only(linux).cure == "sudo nvidia-modprobe -c 0 -u"
+    linux.libcuda = replace(linux.libcuda, init_code=999)
+    assert only(linux).id == "libcuda.unknown", "nvidia_uvm is not loaded: README's case 12"
     linux.write("/.dockerenv")
-    assert explain_no_gpu(linux)[0].cure.startswith("docker run --gpus all")
+    assert only(linux).cure.startswith("docker run --gpus all")
+    linux.libcuda = replace(linux.libcuda, init_code=100)
     linux.write("/dev/nvidia-uvm")
-    assert found(linux)["device-nodes"].level == "ok"
-    assert explain_no_gpu(linux)[0].id == "libcuda.no-device"
-
-
-def test_mig(linux: FakeMachine) -> None:
-    split = gpu(mig__mode__current="Enabled", mig__mode__pending="Enabled")
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(split))
-    assert (only(linux).id, only(linux).level) == ("mig.no-instances", "error")
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(split, mig=["MIG-aaa", "MIG-bbb"]))
-    assert (only(linux).id, only(linux).level) == ("mig.enabled", "warning")
-    assert "CUDA_VISIBLE_DEVICES=MIG-aaa" in only(linux).cure
-    linux.with_environment(CUDA_VISIBLE_DEVICES="MIG-ccc")
-    assert "visible-devices.unknown-uuid" in troubles(linux)
-    linux.with_environment(CUDA_VISIBLE_DEVICES="MIG-bbb")
-    assert only(linux).id == "mig.enabled"
-
-
-def test_mig_waits_for_a_reset(linux: FakeMachine) -> None:
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(mig__mode__pending="Enabled")))
-    assert only(linux).id == "mig.pending"
+    assert only(linux).id == "libcuda.no-device"
 
 
 def test_torch_is_missing_or_for_amd_or_broken(linux: FakeMachine) -> None:
     linux.torch_files = TorchFiles()
-    assert only(linux).id == "torch-build.missing"
-    linux.torch_files = TorchFiles("2.6.0+rocm6.2", None, "6.2", "/venv/torch")
-    assert only(linux).id == "torch-build.rocm"
+    linux.distributions = tuple(each for each in linux.distributions if each.name != "torch")
+    assert only(linux).id == "packages.missing", "said once"
+    linux.with_torch("2.6.0+rocm6.2", None).distributions += (Distribution("torch", "2.6.0", "/venv/site-packages"),)
+    assert only(linux).id == "torch-build.cpu-only"
     linux.with_torch("2.6.0", "12.4").with_environment(LD_LIBRARY_PATH="/usr/local/cuda-11.5/lib64:/opt/x")
-    assert only(linux).id == "library-path.toolkit"
+    assert troubles(linux) == {}
     linux.torch = TorchImport(False, error="ImportError: undefined symbol: ncclCommRegister")
-    assert list(troubles(linux)) == ["library-path.toolkit", "torch-import.fails"]
-    assert troubles(linux)["torch-import.fails"].cure.startswith("env -u LD_LIBRARY_PATH")
-
-
-def test_torch_disagrees_with_libcuda(linux: FakeMachine) -> None:
-    linux.torch = replace(linux.torch, devices=(), error="RuntimeError: CUDA unknown error")
-    assert only(linux).id == "torch-gpu.none"
-    assert only(linux).seen == "RuntimeError: CUDA unknown error"
-    linux.torch = replace(linux.torch, paths=(LINUX_LIBCUDA,))
-    assert "torch loads" not in only(linux).seen
-    linux.torch = replace(linux.torch, paths=("/opt/x/libcuda.so.1",))
-    assert only(linux).seen.endswith(f"; torch loads /opt/x/libcuda.so.1, others {LINUX_LIBCUDA}")
-
-
-def test_torchs_libcuda_comes_from_its_process() -> None:
-    class Answering(Machine):
-        def probe(self, *arguments: str, timeout_seconds: float, environment: Any = None) -> dict[str, Any]:
-            return {"imported": True, "arch_list": ["sm_90"], "paths": [LINUX_LIBCUDA]}
-
-    machine = Answering()
-    machine.torch_files = TorchFiles("2.6.0", "12.4")
-    assert machine.torch == TorchImport(True, arch_list=("sm_90",), paths=(LINUX_LIBCUDA,))
-
-
-def test_torch_without_distributed(linux: FakeMachine) -> None:
-    linux.torch = replace(linux.torch, distributed=False)
-    assert only(linux).id == "all-reduce.no-distributed"
-
-
-def test_old_gpu_has_no_bf16(linux: FakeMachine) -> None:
-    linux.libcuda = replace(linux.libcuda, devices=(CudaDevice("NVIDIA GeForce RTX 2080", (7, 5)),))
-    finding = only(linux.with_torch("2.6.0", "12.4", "sm_75 sm_80"))
-    assert finding.id == "torch-arch.no-bf16"
-    assert finding.cure == "bash run_gemini.sh --precision fp16"
+    assert list(troubles(linux)) == ["torch-import.fails"]
+    assert "LD_LIBRARY_PATH=/usr/local/cuda-11.5/lib64:/opt/x" in only(linux).seen
+    assert only(linux).cure.startswith("env -u LD_LIBRARY_PATH")
 
 
 @pytest.mark.parametrize(
@@ -1007,60 +914,6 @@ def test_binary_compatibility(capability: tuple[int, int], arch_list: str, fits:
     assert torch_build.has_code_for(capability, arch_list.split()) == fits
 
 
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [
-        ("0x0000000000000000", False),
-        ("0x0000000000000005", False),  # idle, power cap
-        ("0x0000000000000008", True),
-        ("0x0000000000000020", True),
-        ("0x0000000000000041", True),
-        ("0x0000000000000080", True),
-        ("[N/A]", False),
-    ],
-)
-def test_clocks(linux: FakeMachine, mask: str, expected: bool) -> None:
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(clocks_event_reasons__active=mask)))
-    assert list(troubles(linux)) == (["clocks.throttled"] if expected else [])
-    assert ("clocks" in found(linux)) != expected
-    if mask == "[N/A]":
-        assert "do not say" in found(linux)["clocks"].title
-
-
-@pytest.mark.parametrize(("count", "expected"), [("0", False), ("3", True), ("[N/A]", False)])
-def test_ecc(linux: FakeMachine, count: str, expected: bool) -> None:
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(ecc__errors__uncorrected__volatile__total=count)))
-    assert list(troubles(linux)) == (["ecc.uncorrected"] if expected else [])
-    assert ("ecc" in found(linux)) != expected
-    if count == "[N/A]":
-        assert "do not count" in found(linux)["ecc"].title
-
-
-def test_peer_access(linux: FakeMachine) -> None:
-    linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(0), gpu(1)))
-    linux.libcuda = replace(linux.libcuda, devices=(H100, H100))
-    linux.with_torch("2.6.0", "12.4")
-    linux.torch = replace(linux.torch, peer_access=((True, False), (False, True)))
-    assert only(linux).id == "peer-access.no-peer-access"
-    assert "0-1" in only(linux).seen
-
-
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_all_reduce_fails_or_hangs(linux: FakeMachine, backend: str) -> None:
-    log = "host:1:1 [0] misc/socket.cc:50 NCCL WARN Connect to 10.0.0.9 failed : No route to host"
-    linux.reductions[backend] = AllReduce(False, log=log, error="rank 0: RuntimeError")
-    assert (only(linux).id, only(linux).level) == (f"all-reduce.{backend}-fails", "error")
-    assert "No route to host" in only(linux).seen
-    linux.reductions[backend] = AllReduce(False, error="no sum within 90 s", timed_out=True)
-    assert only(linux).id == f"all-reduce.{backend}-hangs"
-
-
-def test_hostname_without_an_address(linux: FakeMachine) -> None:
-    linux.hostname_answer = {"hostname": "box", "error": "Name or service not known"}
-    assert (only(linux).id, only(linux).level) == ("hostname.unresolved", "warning")
-    assert only(linux.with_environment(NNODES="1:4")).level == "error"
-
-
 def test_two_torches(linux: FakeMachine) -> None:
     linux.with_environment(PYTHONPATH="/opt/other")
     linux.distributions = (Distribution("torch", "2.1.0", "/opt/other"), *linux.distributions)
@@ -1073,151 +926,178 @@ def test_two_torches(linux: FakeMachine) -> None:
     assert (only(linux).id, only(linux).level) == ("duplicates.twice", "warning")
 
 
-def test_libraries_of_two_cudas(linux: FakeMachine) -> None:
-    for name, version in (
-        ("nvidia-nccl-cu12", "2.27"),
-        ("nvidia-nccl-cu13", "2.28"),
-        ("nvidia-cudnn-cu12", "9"),
-    ):
-        linux.distributions += (Distribution(name, version, "/venv/site-packages"),)
-    finding = only(linux)
-    assert finding.id == "duplicates.cuda-libraries"
-    assert "duplicates" not in found(linux)
-    assert "uninstall -y nvidia-nccl-cu13\n" in finding.cure
-    assert finding.cure.endswith("--force-reinstall --no-deps nvidia-nccl-cu12==2.27")
-
-
-def test_missing_packages_and_untested_python(linux: FakeMachine) -> None:
+def test_missing_packages(linux: FakeMachine) -> None:
     linux.distributions = tuple(each for each in linux.distributions if each.name != "einops")
     assert only(linux).id == "packages.missing"
     assert "packages" not in found(linux)
     assert "einops" in only(linux).title
-    assert "python.untested" in troubles(linux.change(python=(3, 13, 0)))
 
 
 def test_the_distribution_is_named_once(linux: FakeMachine) -> None:
     lines = as_text([found(linux)["system"]])
-    assert lines == "ok       Ubuntu 22.04.5 LTS (kernel 6.8.0-45-generic, x86_64)"
-
-
-def test_other_systems(linux: FakeMachine) -> None:
-    assert only(linux.change(system="Windows")).id == "system.unsupported"
+    assert lines == "ok       Ubuntu 22.04.5 LTS (kernel 6.8.0-45-generic, x86_64, Python 3.11.7 at python)"
 
 
 def test_control_group_of_version_2(linux: FakeMachine) -> None:
     linux.write("/proc/self/cgroup", "0::/a/b\n")
     linux.write("/sys/fs/cgroup/cgroup.controllers", "cpu memory pids")
     linux.write("/sys/fs/cgroup/a/b/memory.max", "max\n")
-    linux.write("/sys/fs/cgroup/a/b/cpu.max", "50000 100000\n")
     linux.write("/sys/fs/cgroup/a/memory.max", f"{4 * GIB}\n")
     linux.write("/sys/fs/cgroup/a/memory.current", f"{GIB}\n")
-    linux.write("/sys/fs/cgroup/a/pids.max", "100\n")
-    group = host.control_group(linux)
-    assert group is not None
-    assert asdict(group) == {
-        "version": 2,
-        "memory_bytes": 4 * GIB,
-        "memory_used_bytes": GIB,
-        "cpus": 0.5,
-        "processes": 100,
-        "oom_kills": 0,
-    }
+    assert host.control_group(linux) == host.ControlGroup(2, 4 * GIB, "/sys/fs/cgroup/a/memory.max", GIB, 0)
     trouble = troubles(linux)
-    assert list(trouble) == ["memory.little", "cgroup.few-processes", "cpus.few"]
-    assert trouble["cgroup.few-processes"].seen.endswith(": memory 4.0 GiB, CPUs 0.5, processes 100")
-    assert "cgroup" not in found(linux)
-    linux.write("/sys/fs/cgroup/a/pids.max", "5000\n")
-    assert found(linux)["cgroup"].seen == "version 2: memory 4.0 GiB, CPUs 0.5, processes 5000"
+    assert list(trouble) == ["memory.little"]
+    assert found(linux)["cgroup"].seen == "control group version 2: memory 4.0 GiB"
     assert "3.0 GiB are left" in trouble["memory.little"].seen
+    linux.write("/sys/fs/cgroup/a/b/memory.events", "oom_kill 2\n")
+    trouble = troubles(linux)
+    assert list(trouble) == ["memory.little", "cgroup.oom-kills"]
+    assert trouble["cgroup.oom-kills"].seen.endswith(": memory 4.0 GiB")
+    assert "cgroup" not in found(linux)
 
 
 def test_control_group_of_version_1(linux: FakeMachine) -> None:
     linux.write("/proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:pids:/docker/abc\n0::/x\n")
     # the container sees its own group at the root of the mount, not at the host's path
-    linux.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2 * GIB}\n")
+    limit = "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+    linux.write(limit, f"{2 * GIB}\n")
     linux.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", f"{GIB}\n")
-    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "400000\n")
-    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
-    linux.write("/sys/fs/cgroup/pids/pids.max", "max\n")
-    assert host.control_group(linux) == host.ControlGroup(1, 2 * GIB, GIB, 4.0, None, 0)
+    assert host.control_group(linux) == host.ControlGroup(1, 2 * GIB, limit, GIB, 0)
     assert only(linux).id == "memory.little"
 
 
 def test_version_1_without_limits(linux: FakeMachine) -> None:
     linux.write("/proc/self/cgroup", "5:memory:/\n4:cpu:/\n")
     linux.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
-    linux.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
     assert host.control_group(linux) == host.ControlGroup(1)
-    assert found(linux)["cgroup"].seen == "version 1: no limit"
+    assert found(linux)["cgroup"].seen == "control group version 1: no limit of memory"
     assert troubles(linux) == {}
 
 
 @pytest.mark.parametrize(
     ("marks", "environment", "cure"),
     [
-        (["/.dockerenv"], {}, "docker run --memory"),
-        ([], {"SLURM_JOB_ID": "1"}, "sbatch --mem"),
-        ([], {}, "bash run_gemini.sh --batch_size"),
+        (["/.dockerenv"], {"limit": "1"}, "docker run --memory=8g"),
+        (["/run/.containerenv"], {"limit": "1"}, "podman run --memory=8g"),
+        ([], {"SLURM_JOB_ID": "1", "limit": "1"}, "sbatch --mem=8G"),
+        ([], {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "6000"}, "sbatch --mem=12G"),
+        ([], {"limit": "1"}, "echo 8G | sudo tee /sys/fs/cgroup/memory.max"),
+        ([], {}, "ps -eo rss,pid,user,args --sort=-rss | head"),
     ],
 )
 def test_more_memory(linux: FakeMachine, marks: list[str], environment: dict[str, str], cure: str) -> None:
-    linux.write("/proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 1000000 kB\n")
+    linux.write("/proc/meminfo", "MemTotal: 65000000 kB\nMemAvailable: 1000000 kB\n")
+    if environment.pop("limit", ""):
+        limited(linux, 3 * GIB)
     for mark in marks:
         linux.write(mark)
     assert only(linux.with_environment(**environment)).cure.startswith(cure)
 
 
-def test_shared_memory_that_cannot_be_used(linux: FakeMachine) -> None:
-    for broken in (None, Disk(GIB * 8, GIB * 8, False)):
-        linux.disks["/dev/shm"] = broken
-        assert (only(linux).id, only(linux).level) == ("shm.unusable", "error")
+def limited(machine: FakeMachine, limit_bytes: int, kills: int = 0) -> FakeMachine:
+    machine.write("/proc/self/cgroup", "0::/\n")
+    machine.write("/sys/fs/cgroup/cgroup.controllers", "memory")
+    machine.write("/sys/fs/cgroup/memory.max", f"{limit_bytes}\n")
+    machine.write("/sys/fs/cgroup/memory.current", "0\n")
+    machine.write("/sys/fs/cgroup/memory.events", f"oom_kill {kills}\n")
+    return machine
 
 
-def test_locked_memory_matters_to_infiniband_alone(linux: FakeMachine) -> None:
-    linux.limits["memlock"] = (8 << 20, None)
-    assert troubles(linux) == {}
-    linux.write("/sys/class/infiniband/mlx5_0/x")
-    assert only(linux).id == "memlock.small"
-    assert explain_failure("ibv_reg_mr failed, errno 12", linux) == [only(linux)]
-    linux.limits["memlock"] = (None, None)
-    assert troubles(linux) == {}
+# the present limit and the host's memory, in GiB -> the limit that helps; None: there is no more to give
+LIMITS = [
+    (128, 512, 256),
+    (128, 160, 160),
+    (128, 130, None),
+    (128, 128, None),
+    (2, 512, 8),
+    (1, 1.9, None),
+    (30, 64, 60),
+]
 
 
-def test_open_files(linux: FakeMachine) -> None:
-    linux.limits["nofile"] = (256, 4096)
-    assert only(linux).id == "open-files.few"
-    assert only(linux).cure == "ulimit -n 4096"
-    linux.limits["nofile"] = (None, None)
-    assert troubles(linux) == {}
+@pytest.mark.parametrize(("limit", "total", "better"), LIMITS)
+@pytest.mark.parametrize("place", ["docker", "podman", "kubernetes", "slurm", "systemd"])
+def test_a_limit_is_only_ever_raised(
+    linux: FakeMachine, place: str, limit: float, total: float, better: int | None
+) -> None:
+    """A rank killed for memory: the advice is more than the present limit, no more than the machine has, or other."""
+    kilobytes = int(total * GIB) // 1024
+    linux.write("/proc/meminfo", f"MemTotal: {kilobytes} kB\nMemAvailable: {kilobytes} kB\n")
+    limited(linux, int(limit * GIB), kills=1)
+    marks = {"docker": "/.dockerenv", "podman": "/run/.containerenv"}
+    variables = {"kubernetes": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "slurm": {"SLURM_JOB_ID": "7"}}
+    if place in marks:
+        linux.write(marks[place])
+    linux.with_environment(**variables.get(place, {}))
+    cure = troubles(linux)["cgroup.oom-kills"].cure
+    if better is None:
+        assert cure.startswith("ps -eo rss") and "--batch_size 1" in cure
+        return
+    expected = {
+        "docker": f"docker run --memory={better}g --memory-swap={better}g ...",
+        "podman": f"podman run --memory={better}g --memory-swap={better}g ...",
+        "kubernetes": f"kubectl set resources deployment NAME --limits=memory={better}Gi   # or in the pod's own file",
+        "slurm": f"sbatch --mem={better}G ..."
+        if better < int(total)
+        else "sbatch --mem=0 ...   # all of the node's memory",
+        "systemd": f"echo {better}G | sudo tee /sys/fs/cgroup/memory.max",
+    }
+    assert cure == expected[place]
+
+
+@pytest.mark.parametrize(("total", "memory"), [(7, 11), (3, 8), (15.5, 24), (63, 95)])
+def test_wsl_gets_more_than_it_has(wsl: FakeMachine, total: float, memory: int) -> None:
+    wsl.write("/proc/meminfo", f"MemTotal: {int(total * GIB) // 1024} kB\nMemAvailable: 1000000 kB\n")
+    assert f"memory={memory}GB (now {total:.1f} GiB;" in only(wsl).cure
 
 
 @pytest.mark.parametrize(
-    ("path", "disk", "finding_id", "level"),
+    ("shm", "total", "size"),
     [
-        ("/tmp", Disk(100 * GIB, GIB, True), "disk.full", "warning"),
-        ("/home/ada/suite", Disk(100 * GIB, GIB // 8, True), "disk.full", "error"),
-        ("/tmp", Disk(100 * GIB, 50 * GIB, False), "disk.not-writable", "error"),
-        ("/home/ada/suite", None, "disk.not-writable", "error"),
+        (64, 512, 8),
+        (64, 10, 5),
+        (16 << 10, 512, 32),
+        (16 << 10, 40, 20),
+        (30 << 10, 62, None),
+        (64, 1, None),
+        (0, 62, 8),
     ],
 )
-def test_disks(linux: FakeMachine, path: str, disk: Disk | None, finding_id: str, level: str) -> None:
-    linux.disks[path] = disk
-    assert (only(linux).id, only(linux).level) == (finding_id, level)
-    assert path in only(linux).title
-    assert explain_failure("OSError: [Errno 28] No space left on device", linux) == [only(linux)]
+@pytest.mark.parametrize("mark", ["/.dockerenv", "/run/.containerenv", ""])
+def test_shared_memory_is_only_ever_enlarged(
+    linux: FakeMachine, mark: str, shm: int, total: int, size: int | None
+) -> None:
+    """By more than it has (MiB), within half of the host's memory (GiB); else it is told what fills it."""
+    kilobytes = total * GIB // 1024
+    linux.write("/proc/meminfo", f"MemTotal: {kilobytes} kB\nMemAvailable: {kilobytes} kB\n")
+    linux.disks["/dev/shm"] = Disk(shm << 20, 1 << 20) if shm else None
+    if mark:
+        linux.write(mark)
+    cure = troubles(linux)["shm.small"].cure
+    if size is None:
+        assert cure.startswith("ls -lS /dev/shm | head")
+    elif mark:
+        engine = "docker" if "docker" in mark else "podman"
+        assert cure == f"{engine} run --shm-size={size}g ...   # or: --ipc=host"
+    else:
+        assert cure == f"sudo mount -o remount,size={size}G /dev/shm"
+
+
+def test_shared_memory_of_a_pod(linux: FakeMachine) -> None:
+    linux.disks["/dev/shm"] = Disk(64 << 20, 64 << 20)
+    cure = only(linux.with_environment(KUBERNETES_SERVICE_HOST="10.0.0.1")).cure
+    assert cure.startswith("kubectl edit deployment NAME   # mount an emptyDir")
 
 
 # --- nvidia-smi's answers
 
 
 def test_older_drivers_refuse_fields(linux: FakeMachine) -> None:
-    unknown = ("clocks_event_reasons.active", "mig.mode.pending", "compute_cap")
-    fake = FakeSmi(gpu(clocks_throttle_reasons__active="0x0000000000000008"), unknown=unknown)
+    fake = FakeSmi(gpu(memory__used="8"), unknown=("compute_mode", "memory.total", "compute_cap"))
     linux.install("/usr/bin/nvidia-smi", fake)
     answer = smi.smi(linux)
-    assert answer.gpus[0].throttle_reasons == 8
-    assert (answer.gpus[0].mig_mode_pending, answer.gpus[0].capability) == (None, None)
+    assert answer.gpus[0].memory_used_mib == 8
+    assert (answer.gpus[0].compute_mode, answer.gpus[0].memory_total_mib, answer.gpus[0].capability) == (None,) * 3
     assert fake.queries == 4
     assert smi.smi(linux) is answer
 
@@ -1233,7 +1113,7 @@ def test_answers_that_are_no_list_of_gpus(linux: FakeMachine, text: str) -> None
     ("text", "finding_id", "level"),
     [
         ("WARNING: infoROM is corrupted at gpu 0000:41:00.0", "driver.complains", "warning"),
-        (SMI_FAILURES["gpu-lost"], "driver.gpu-lost", "error"),
+        ("Unable to determine the device handle for GPU0000:41:00.0: GPU is lost", "driver.complains", "warning"),
     ],
 )
 def test_complaints_beside_a_list_of_gpus(linux: FakeMachine, text: str, finding_id: str, level: str) -> None:
@@ -1255,7 +1135,6 @@ def test_a_driver_that_refuses_everything_is_an_error(linux: FakeMachine) -> Non
 def test_unknown_values(text: str) -> None:
     assert smi.known(text) is None
     assert smi.number(text) is None
-    assert smi.mask(text) is None
 
 
 @pytest.mark.parametrize(
@@ -1299,7 +1178,7 @@ def test_checks_survive_an_empty_machine(tmp_path: Path) -> None:
     machine.libcuda, machine.torch_files, machine.distributions = Libcuda(False), TorchFiles(), ()
     machine.torch = TorchImport(False)
     machine.disks = dict.fromkeys(machine.disks)
-    machine.interface_addresses, machine.hostname_answer = {}, {"error": "no answer in 5 s"}
+    machine.interfaces, machine.hostname_answer = [], {"error": "no answer in 5 s"}
     trouble = troubles(machine)
     assert not [name for name in trouble if name.endswith("unchecked")]
     assert exit_code(trouble.values()) == 1
@@ -1383,8 +1262,8 @@ def test_only_the_standard_library() -> None:
 
 
 def test_old_pythons_can_read_the_first_files() -> None:
-    """Neither f-strings nor annotations in what Python 2.7 and 3.6 read before they are refused."""
-    first = [DOCTOR / name for name in ("__main__.py", "__init__.py", "old_python.py")]
+    """Neither f-strings nor annotations in what an old Python reads before it is refused."""
+    first = [DOCTOR / name for name in ("__main__.py", "__init__.py")]
     for path in (REPOSITORY / "commons" / "__init__.py", *first):
         text = path.read_text()
         text.encode("ascii")
@@ -1395,7 +1274,7 @@ def test_old_pythons_can_read_the_first_files() -> None:
                 assert not any(argument.annotation for argument in node.args.args)
 
 
-@pytest.mark.parametrize("name", ["python3.9", "python3.8", "python3.6", "python2.7"])
+@pytest.mark.parametrize("name", ["python3.9", "python3.8", "python3.6"])
 def test_old_pythons_get_a_sentence(name: str) -> None:
     path = shutil.which(name)
     works = path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
@@ -1411,20 +1290,6 @@ def test_old_pythons_get_a_sentence(name: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: this suite needs Python 3.10 or newer; this is Python")
     assert "Traceback" not in done.stderr
-    assert "try: " in done.stderr
-
-
-def test_the_command_for_a_newer_python_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    newer = tmp_path / "a folder" / "python3.12"
-    newer.parent.mkdir()
-    newer.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    newer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{newer.parent}:/usr/bin:/bin")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    command = old_python.refusal((3, 10)).splitlines()[1].removeprefix("try: ")
-    done = subprocess.run(["sh", "-c", f"{command} --help"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: python -m commons.doctor")
 
 
 # --- real processes on this machine
@@ -1444,7 +1309,7 @@ def run_doctor(*arguments: str, python: Sequence[str] = (sys.executable,), **env
 
 @needs_torch
 def test_real_run() -> None:
-    """The whole doctor, with a real two-process all-reduce over gloo."""
+    """The whole doctor on this machine."""
     done = run_doctor("--json")
     assert done.stderr == ""
     answer = json.loads(done.stdout)
@@ -1452,9 +1317,6 @@ def test_real_run() -> None:
     assert done.returncode == answer["exit_code"]
     by_id = {finding["id"]: finding for finding in answer["findings"]}
     assert not [name for name in by_id if name.endswith("unchecked")]
-    assert by_id["all-reduce"]["level"] == "ok"
-    assert re.fullmatch(r"2 processes summed over gloo in [\d.]+ ms", by_id["all-reduce"]["title"])
-    assert re.match(r"over \S+ \([\d.:a-f]+\)", by_id["all-reduce"]["seen"])
     assert by_id["torch-import"]["level"] == "ok"
 
 
@@ -1463,8 +1325,8 @@ def test_real_run_where_nothing_is_installed() -> None:
     answer = json.loads(done.stdout)
     check_schema(answer)
     ids = {finding["id"] for finding in answer["findings"]}
-    assert {"torch-build.missing", "packages.missing"} <= ids
-    assert "all-reduce" not in ids
+    assert "packages.missing" in ids
+    assert "torch-import" not in ids
     assert done.returncode == 1
 
 
@@ -1494,53 +1356,6 @@ def test_why_no_gpu_is_quick_and_leaves_torch_alone() -> None:
     assert done.stdout.strip() and done.stdout.count("\n") == 1
 
 
-@needs_torch
-def test_real_all_reduce_fails_with_the_reason() -> None:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "nosuch0", "RANK": "7", "WORLD_SIZE": "9"}
-    result = Machine(environment=environment).all_reduce("gloo", 2, 60)
-    assert not result.worked
-    assert not result.timed_out
-    assert "nosuch0" in result.error
-
-
-@needs_torch
-def test_real_all_reduce_times_out_and_leaves_no_process() -> None:
-    started = time.monotonic()
-    result = Machine().all_reduce("gloo", 2, 0.3)
-    assert (result.worked, result.timed_out, result.error) == (False, True, "no sum within 0.3 s")
-    assert time.monotonic() - started < 10
-
-
-def test_children_that_hang_are_killed(tmp_path: Path) -> None:
-    script = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(float(sys.argv[1]))"
-    commands = [[sys.executable, "-c", script, seconds] for seconds in ("0", "600")]
-    done, hung = run_together(commands, dict(os.environ), 3, str(tmp_path))
-    assert (done.returncode, done.timed_out) == (0, False)
-    assert (hung.returncode, hung.timed_out) == (None, True)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(hung.stdout), 0)
-
-
-def test_a_wrong_sum_is_no_success() -> None:
-    answers = [{"sum": total, "seconds": 0.1, "addresses": []} for total in (3.0, 4.0)]
-    results = [Completed(0, json.dumps(answer)) for answer in answers]
-    assert judge_all_reduce([results[0], results[0]], 2, 1).worked
-    assert "not 3.0" in judge_all_reduce(results, 2, 1).error
-    crashed = Completed(-signal.SIGSEGV, "", "Fatal Python error")
-    assert "rank 1: ended by signal 11; Fatal Python error" in judge_all_reduce([results[0], crashed], 2, 1).error
-
-
-def test_addresses_of_the_kernels_tables() -> None:
-    import socket
-
-    if sys.byteorder == "little":
-        assert probes.decode_address("0500000A", socket.AF_INET) == "10.0.0.5"
-        mapped = "0000000000000000FFFF00000500000A"
-        assert probes.decode_address(mapped, socket.AF_INET6) == "10.0.0.5"
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
-        assert "127.0.0.1" in probes.connected_addresses()
-
-
 def test_programs_are_found_outside_path_and_must_be_executable(tmp_path: Path) -> None:
     machine = FakeMachine(tmp_path).with_environment(PATH="/opt/bin:/usr/bin")
     machine.write("/opt/bin/nvidia-smi")
@@ -1551,10 +1366,10 @@ def test_programs_are_found_outside_path_and_must_be_executable(tmp_path: Path) 
 
 SMI_SCRIPT = """#!/bin/sh
 case "$*" in
-    *query-gpu=*clocks_event_reasons.active*)
-        echo 'Field "clocks_event_reasons.active" is not a valid field to query.'; exit 2 ;;
+    *query-gpu=*compute_cap*)
+        echo 'Field "compute_cap" is not a valid field to query.'; exit 2 ;;
     *query-gpu=*)
-        echo '0, GPU-1, NVIDIA Fake 1, 551.78, 12282, 10, 8.9, Default, Enabled, [N/A], [N/A], [N/A], 0x1' ;;
+        echo '0, GPU-1, NVIDIA Fake 1, 551.78, 12282, 10, Default' ;;
     "") echo '| NVIDIA-SMI 550.65   Driver Version: 551.78   CUDA Version: 12.4 |' ;;
 esac
 """
@@ -1574,7 +1389,10 @@ def test_real_library_and_real_nvidia_smi(tmp_path: Path, init: int, finding_id:
         "--json", "--topic", "gpu", python=(sys.executable, "-S"), PATH=path, LD_LIBRARY_PATH=str(tmp_path)
     )
     by_id = {finding["id"]: finding for finding in json.loads(done.stdout)["findings"]}
-    assert str(library) in by_id[finding_id]["seen"]
+    if init and not Path("/dev/nvidiactl").exists() and (init == 100 or Machine().container):
+        finding_id = "libcuda.device-nodes"  # and that is the reason for the answer
+    assert f"{library}: " in by_id[finding_id]["seen"]
+    assert init == 0 or f": cuInit answers {init}" in by_id[finding_id]["seen"]
     assert "551.78" in by_id["driver"]["title"]
     if init == 0:
         assert "NVIDIA Fake 1 (compute capability 8.9)" in by_id["libcuda"]["seen"]
@@ -1620,6 +1438,5 @@ def test_container_and_driver_helpers_agree_with_this_machine() -> None:
     machine = Machine()
     assert machine.wsl in (0, 1, 2)
     assert isinstance(driver.nvidia_hardware(machine), list)
-    assert machine.limit("nofile")[0] != 0
     assert machine.disk("/no/such/place") is None
-    assert "127.0.0.1" in machine.interface_addresses.get("lo", ["127.0.0.1"])
+    assert machine.interfaces

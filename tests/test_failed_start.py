@@ -20,10 +20,10 @@ from commons.doctor.machine import Machine
 # The report's card; torch is a CPU build here, which is one more reason for the report's message.
 SMI = """#!/bin/sh
 case "$*" in
-    *query-gpu=*) echo '0, GPU-1, NVIDIA GeForce RTX 4070, 551.78, 12282, 10, 8.9, Default, Enabled, [N/A], [N/A], [N/A], 0x1' ;;
+    *query-gpu=*) echo '0, GPU-1, NVIDIA GeForce RTX 4070, 551.78, 12282, 10, 8.9, Default' ;;
     "") echo '| NVIDIA-SMI 550.65   Driver Version: 551.78   CUDA Version: 12.4 |' ;;
 esac
-"""  # noqa: E501
+"""
 HUNG_SMI = "#!/bin/sh\necho $$ >>{pids}\nexec sleep 600\n"
 FAILS = """
 from commons.doctor import explain_uncaught
@@ -111,10 +111,10 @@ def test_the_reports_cures_for_real(wsl: tuple[str, ...]) -> None:
 
     at_once, for_good = findings(doctor)["libcuda.shadowed"]["cure"].splitlines()
     variable = at_once.partition(" bash run_gemini.sh")[0]
-    for script, left in ((f"{variable} {doctor}", {"libcuda.linux-driver-in-wsl"}), (f"{for_good}\n{doctor}", set())):
+    for script in (f"{variable} {doctor}", f"{for_good}\n{doctor}"):
         found = findings(script)
         assert found["libcuda"]["seen"].startswith("/usr/lib/wsl/lib/libcuda.so.1: NVIDIA Fake 1"), found
-        assert {name for name in found if name.startswith("libcuda.")} == left
+        assert not {name for name in found if name.startswith("libcuda.")}
 
 
 def test_nothing_is_said_where_nothing_here_explains_it(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_first_start_makes_a_venv_with_every_pin(machine: Machine) -> None:
 
 # nvidia-smi as the doctor asks it: one GPU, a driver and the CUDA that this runs
 NVIDIA_SMI = """case "$*" in
-    *query-gpu=*) echo '0, GPU-1, {gpu}, {driver}, 12282, 10, {capability}, Default, Enabled, N/A, N/A, N/A, 0x1' ;;
+    *query-gpu=*) echo '0, GPU-1, {gpu}, {driver}, 12282, 10, {capability}, Default' ;;
     "") echo '| NVIDIA-SMI 1.2   Driver Version: {driver}   CUDA Version: {cuda} |' ;;
 esac"""
 REPORTED = "torch 2.10.0: driver 551.78 runs CUDA 12.4 at most, and torch {pinned} is built for CUDA 13"

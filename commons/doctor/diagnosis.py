@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from commons.doctor import driver, gpu_state, host, network, packages, torch_build
+from commons.doctor import driver, gpu_state, host, network, packages, torch_build, visible_devices
 from commons.doctor.findings import Finding, warning
 from commons.doctor.libcuda import libcuda
 from commons.doctor.machine import Machine
@@ -28,39 +29,24 @@ class Check:
 # Causes before their effects: the first error is the one to cure first.
 CHECKS: tuple[Check, ...] = (
     Check("system", "system", driver.system),
-    Check("container", "system", driver.container),
-    Check("python", "system", packages.python),
     Check("wsl", "gpu", driver.wsl),
     Check("driver", "gpu", driver.driver),
-    Check("device-nodes", "gpu", driver.device_nodes),
-    Check("visible-devices", "gpu", driver.visible_devices),
-    Check("mig", "gpu", driver.mig),
-    Check("compute-mode", "gpu", driver.compute_mode),
-    Check("persistence", "gpu", driver.persistence),
+    Check("visible-devices", "gpu", visible_devices.visible_devices),
+    Check("compute-mode", "gpu", gpu_state.compute_mode),
     Check("libcuda", "gpu", libcuda),
     Check("torch-build", "gpu", torch_build.torch_build),
     Check("torch-cuda", "gpu", torch_build.torch_cuda),
     Check("torch-arch", "gpu", torch_build.torch_arch),
-    Check("torch-gpu", "gpu", torch_build.torch_gpu),
     Check("nvcc", "gpu", torch_build.nvcc),
-    Check("library-path", "gpu", torch_build.library_path),
-    Check("clocks", "gpu-state", gpu_state.clocks),
-    Check("ecc", "gpu-state", gpu_state.ecc),
     Check("gpu-use", "gpu-state", gpu_state.gpu_use),
     Check("packages", "packages", packages.packages),
     Check("duplicates", "packages", packages.duplicates),
     Check("torch-import", "packages", torch_build.torch_import),
     Check("interface", "network", network.interface),
     Check("hostname", "network", network.hostname),
-    Check("all-reduce", "network", network.all_reduce),
-    Check("peer-access", "network", gpu_state.peer_access),
     Check("memory", "host", host.memory),
     Check("cgroup", "host", host.cgroup),
-    Check("cpus", "host", host.cpus),
     Check("shm", "host", host.shm),
-    Check("memlock", "host", host.memlock),
-    Check("open-files", "host", host.open_files),
-    Check("disk", "host", host.disk),
 )
 
 NO_GPU_TOPICS: tuple[Topic, ...] = ("gpu",)
@@ -70,22 +56,33 @@ NO_GPU_TOPICS: tuple[Topic, ...] = ("gpu",)
 class Symptom:
     """Words of a failed start, and what may be behind them.
 
-    pattern: a regular expression, whatever the case.
-    look_at: topics, or single checks where others of the topic are slow or beside the point.
+    pattern: a regular expression, upper or lower case.
+    look_at: topics, or single checks where others of the topic cannot be the cause.
     shows_code: the error's traceback helps; False where only the machine can be at fault.
+    unless: a pattern of words that say that the cause is another one.
     """
 
     pattern: str
     look_at: tuple[str, ...]
     shows_code: bool = True
+    unless: str = r"(?!)"
+
+    def fits(self, message: str) -> bool:
+        there, other = (re.search(pattern, message, re.IGNORECASE) for pattern in (self.pattern, self.unless))
+        return bool(there) and not other
 
 
 NETWORK = ("interface", "hostname")
+# a rank was ended by a signal: the others lose it, by whatever interface they reached it
+SIGNALS = "|".join(signum.name for signum in signal.Signals)
+KILLED = rf"Killed|\b({SIGNALS})\b|signal \d|exitcode *: -\d|exit code 1(29|[3-5]\d)\b"
+# the same seen from the other ranks: they had been connected, so that the interface is the right one
+LOST = rf"{KILLED}|Connection (was likely )?(reset|closed)|Broken pipe|remote process exit"
 SYMPTOMS: tuple[Symptom, ...] = (
     Symptom(r"No CUDA GPUs|NVIDIA driver|CUDA driver|not compiled with CUDA|no kernel image", NO_GPU_TOPICS, False),
     Symptom(r"CUDA initialization|no CUDA-capable device|forward compatibility|libcuda", NO_GPU_TOPICS, False),
     Symptom(r"CUDA unknown error|cudaGetDeviceCount|Driver/library version mismatch|\bNVML\b", NO_GPU_TOPICS, False),
-    # a checkpoint of a GPU on a machine that never had one: the code may have to change
+    # a checkpoint written on a GPU, read on a machine that never had one: the code may have to change
     Symptom(r"torch\.cuda\.is_available\(\) is False", NO_GPU_TOPICS),
     Symptom(r"CUDA-capable device\(s\) is/are busy|devices? (is|are) busy or unavailable",
             ("gpu", "gpu-state"), False),
@@ -93,21 +90,17 @@ SYMPTOMS: tuple[Symptom, ...] = (
     Symptom(r"\bECC\b|CUDA error|illegal memory access|not yet initialized", ("gpu-state", "gpu")),
     Symptom(r"ImportError|ModuleNotFoundError|cannot import name|undefined symbol|AttributeError|TypeError|unexpected"
             r" keyword argument", ("packages",)),
-    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError|\bibv_\w+ failed",
-            (*NETWORK, "peer-access", "shm", "memlock", "open-files", "compute-mode", "mig")),
-    Symptom(r"gloo|connectFullMesh|timed? ?out|Connection (refused|reset|closed)|No route to host|rendezvous", NETWORK),
-    # not the whole topic of the host: the answer is to come at once, for a run over several machines ends meanwhile
+    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError", ("shm", "compute-mode")),
+    Symptom(r"\bNCCL\b|ncclSystemError|ncclInternalError|gloo|timed? ?out", NETWORK, unless=LOST),
+    Symptom(r"connectFullMesh|Connection refused|No route to host|rendezvous", NETWORK, unless=KILLED),
     Symptom(r"Killed|SIGKILL|signal 9|exitcode *: -9|exit code 137|can(no|')t allocate memory", ("memory", "cgroup")),
     Symptom(r"Bus error|SIGBUS", ("shm", "memory", "cgroup")),
-    Symptom(r"No space left|Disk quota exceeded", ("disk", "shm")),
-    Symptom(r"Too many open files", ("open-files",)),
-    Symptom(r"can't start new thread|Resource temporarily unavailable", ("cgroup",)),
-    Symptom(r"Permission denied|Read-only file system", ("disk", "shm")),
+    Symptom(r"No space left", ("shm",)),
 )  # fmt: skip
 
 
 def matching_symptoms(message: str) -> list[Symptom]:
-    return [symptom for symptom in SYMPTOMS if re.search(symptom.pattern, message, re.IGNORECASE)]
+    return [symptom for symptom in SYMPTOMS if symptom.fits(message)]
 
 
 def run_check(check: Check, machine: Machine) -> list[Finding]:

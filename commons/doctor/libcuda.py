@@ -5,110 +5,74 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from commons.doctor.driver import RESTART_WSL, with_gpus
-from commons.doctor.findings import Finding, error, ok, warning
+from commons.doctor.driver import KERNEL_LOG, RESTART_WSL, UPDATE_WSL, Problem, where_it_helps, with_gpus
+from commons.doctor.findings import Finding, error, ok
 from commons.doctor.machine import WSL_LIBRARIES, Machine
 from commons.doctor.smi import smi
 
-LIBRARY_FOLDERS = (
-    "/usr/lib/*",
-    "/usr/lib64",
-    "/lib64",
-    "/usr/lib",
-    "/usr/local/cuda*/compat",
-    "/usr/local/nvidia/lib*",
-)
 NO_DEVICE = 100
 STUB_LIBRARY = 34
 
-# CUresult of cuInit -> (its name, cause, title, why, cure); numbers from cuda.h
-INIT_PROBLEMS: dict[int, tuple[str, str, str, str, str]] = {
-    2: (
-        "CUDA_ERROR_OUT_OF_MEMORY",
-        "out-of-memory",
-        "the CUDA driver could not get memory to start",
-        "Host memory, an address-space limit (ulimit -v), or under WSL a GPU that cannot be shared.",
-        "ulimit -v unlimited; nvidia-smi",
-    ),
-    46: (
-        "CUDA_ERROR_DEVICE_UNAVAILABLE",
-        "unavailable",
-        "the GPU is taken",
-        "Another process holds it in an exclusive compute mode.",
-        "nvidia-smi   # lists the processes\nsudo nvidia-smi -c DEFAULT",
-    ),
-    NO_DEVICE: (
-        "CUDA_ERROR_NO_DEVICE",
+NO_TOOLKIT = """export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v {} | paste -sd:)"""
+UNKNOWN = Problem(
+    "unknown",
+    "the CUDA driver does not start",
+    "Mostly the nvidia_uvm module: not loaded, or left broken by a suspend.",
+    "sudo rmmod nvidia_uvm; sudo modprobe nvidia_uvm\nsudo nvidia-modprobe -c 0 -u",
+)
+# CUresult of cuInit -> (its name, what it means); numbers from cuda.h
+INIT_PROBLEMS: dict[int | None, tuple[str, Problem]] = {
+    NO_DEVICE: ("CUDA_ERROR_NO_DEVICE", Problem(
         "no-device",
         "the CUDA driver starts and sees no GPU",
         "This library does not reach the GPU: its device nodes are missing, or it belongs to another driver.",
         "ldconfig -p | grep libcuda.so   # which libcuda there are\nls -l /dev/nvidia* /dev/dxg",
-    ),
-    304: (
-        "CUDA_ERROR_OPERATING_SYSTEM",
-        "system-call",
-        "a system call of the CUDA driver was refused",
-        "A sandbox, a seccomp profile or missing device nodes stand between the process and the driver.",
-        "ls -l /dev/nvidia*; sudo nvidia-modprobe -c 0 -u",
-    ),
-    802: (
-        "CUDA_ERROR_SYSTEM_NOT_READY",
+    )),
+    STUB_LIBRARY: ("CUDA_ERROR_STUB_LIBRARY", Problem(
+        "stub",
+        "the toolkit's stub of libcuda is loaded in place of the driver's",
+        "The stub is for linking programs on machines without a driver; it answers no call.",
+        NO_TOOLKIT.format("stubs"),
+    )),
+    304: ("CUDA_ERROR_OPERATING_SYSTEM", UNKNOWN),
+    802: ("CUDA_ERROR_SYSTEM_NOT_READY", Problem(
         "fabric-manager",
         "the NVLink switches are not ready",
         "On machines with NVSwitch, CUDA waits for NVIDIA's Fabric Manager, of the driver's exact version.",
         "sudo systemctl restart nvidia-fabricmanager && systemctl status nvidia-fabricmanager",
-    ),
-    803: (
-        "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+    )),
+    803: ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", Problem(
         "version-mismatch",
         "libcuda and the kernel's NVIDIA module are of different versions",
         "The driver was updated while the old module stays loaded, or a container brought its own libcuda.",
         "sudo reboot",
-    ),
-    804: (
-        "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+    )),
+    804: ("CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", Problem(
         "compat",
         "a forward-compatibility libcuda was loaded, which this kind of GPU does not take",
         "NVIDIA's compat package lets data-centre GPUs run newer CUDA on an old driver; GeForce cards refuse it.",
-        'export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v compat | paste -sd:)\n'
-        "sudo apt-get purge 'cuda-compat-*'",
-    ),
-    999: (
-        "CUDA_ERROR_UNKNOWN",
-        "unknown",
-        "the CUDA driver does not start",
-        "Mostly the nvidia_uvm module: not loaded, or left broken by a suspend.",
-        "sudo rmmod nvidia_uvm; sudo modprobe nvidia_uvm\nsudo nvidia-modprobe -c 0 -u",
-    ),
-}
+        f"{NO_TOOLKIT.format('compat')}\nsudo apt-get purge 'cuda-compat-*'",
+    )),
+    999: ("CUDA_ERROR_UNKNOWN", UNKNOWN),
+}  # fmt: skip
+INIT_FAILED = Problem(
+    "init-failed",
+    "the CUDA driver does not start",
+    "No program on this machine can use the GPU.",
+    f"nvidia-smi; {KERNEL_LOG}",
+)
+LOCAL_CAUSES = ("no-device", "compat", "stub")  # cured where the process runs, the others where the driver runs
 
 
 def libcuda(machine: Machine) -> Iterator[Finding]:
     facts = machine.libcuda
-    if facts.timed_out:
-        yield error(
-            "hangs",
-            "the CUDA driver hangs while it starts",
-            seen=f"cuInit: {facts.error}",
-            why="A stuck GPU or driver; a training run would hang in the same place.",
-            cure='sudo dmesg | grep -iE "nvrm|xid"   # the reason\nsudo reboot',
-        )
-    elif not facts.loaded:
+    if not facts.loaded and not facts.timed_out:
         yield from not_loaded(machine)
     elif facts.works:
         version = ".".join(map(str, facts.version or ()))
         yield ok(
             f"libcuda works and runs CUDA up to {version}",
             f"{', '.join(facts.paths)}: {device_names(machine)}",
-        )
-        yield from linux_driver_in_wsl(machine)
-    elif facts.init_code == STUB_LIBRARY or any("/stubs/" in path for path in facts.paths):
-        yield error(
-            "stub",
-            "the toolkit's stub of libcuda is loaded in place of the driver's",
-            seen=", ".join(facts.paths),
-            why="The stub exists for linking on machines without a driver; it answers no call.",
-            cure='export LD_LIBRARY_PATH=$(echo "$LD_LIBRARY_PATH" | tr ":" "\\n" | grep -v stubs | paste -sd:)',
         )
     elif is_shadowed(machine):
         yield shadowed(machine)
@@ -126,14 +90,9 @@ def device_names(machine: Machine) -> str:
 
 def is_shadowed(machine: Machine) -> bool:
     """The loaded libcuda is not the one that Windows put into WSL. Containers have theirs elsewhere."""
-    in_wsl = machine.wsl == 2 and not machine.container
-    return in_wsl and not any(path.startswith("/usr/lib/wsl/") for path in machine.libcuda.paths)
-
-
-def linux_libcudas(machine: Machine) -> list[str]:
-    """Files of a Linux driver's libcuda, which has its version in its name; links left out."""
-    found = [path for folder in LIBRARY_FOLDERS for path in machine.glob(f"{folder}/libcuda.so.*.*")]
-    return list(dict.fromkeys(path for path in found if not machine.is_link(path)))
+    in_wsl = machine.wsl == 2 and not machine.container and not machine.libcuda.timed_out
+    known = ("/usr/lib/wsl/", "/usr/local/cuda")  # Windows', and the toolkit's stub
+    return in_wsl and not any(path.startswith(known) for path in machine.libcuda.paths)
 
 
 def owning_package(machine: Machine, path: str) -> tuple[str, str]:
@@ -147,7 +106,7 @@ def owning_package(machine: Machine, path: str) -> tuple[str, str]:
 
 
 def removal(machine: Machine, path: str) -> str:
-    """The command that takes a Linux driver's libcuda out of WSL."""
+    """The command that removes a Linux driver's libcuda from WSL."""
     command, package = owning_package(machine, path)
     if package:
         return f"{command} {package} && sudo ldconfig   # its dependents go too: nothing here needs them"
@@ -161,7 +120,7 @@ def removal(machine: Machine, path: str) -> str:
 def shadowed(machine: Machine) -> Finding:
     facts = machine.libcuda
     path = facts.paths[0] if facts.paths else "libcuda.so.1"
-    name = INIT_PROBLEMS.get(facts.init_code or 0, ("",))[0]
+    name, _ = INIT_PROBLEMS.get(facts.init_code, ("", INIT_FAILED))
     package = owning_package(machine, path)[1]
     origin = f", of the package {package}" if package else ""
     gpus = smi(machine).gpus
@@ -177,18 +136,6 @@ def shadowed(machine: Machine) -> Finding:
         cure=f"LD_LIBRARY_PATH={WSL_LIBRARIES} bash run_gemini.sh   # at once, without removing anything\n"
         f"{removal(machine, path)}",
     )
-
-
-def linux_driver_in_wsl(machine: Machine) -> Iterator[Finding]:
-    others = linux_libcudas(machine) if machine.wsl == 2 and not machine.container else []
-    if others:
-        yield warning(
-            "linux-driver-in-wsl",
-            "a Linux NVIDIA driver is installed inside WSL",
-            seen=f"{', '.join(others)}; loaded today: {', '.join(machine.libcuda.paths)}",
-            why="The next package update may put its libcuda before the one from Windows, and the GPU is gone.",
-            cure=removal(machine, others[0]),
-        )
 
 
 # --- elsewhere
@@ -220,17 +167,54 @@ def not_loaded(machine: Machine) -> Iterator[Finding]:
 def init_failure(machine: Machine) -> Iterator[Finding]:
     facts = machine.libcuda
     code = NO_DEVICE if facts.init_code == 0 else facts.init_code
+    if any("/stubs/" in path for path in facts.paths):
+        code = STUB_LIBRARY
+    answer = f"cuInit answers {facts.init_code}" if code is not None else facts.error or "no answer"
+    seen = f"{', '.join(facts.paths) or 'libcuda.so.1'}: {answer}"
+    without_uvm = code in (304, 999) and not machine.exists("/dev/nvidia-uvm")  # a cause of its own
+    nodes = node_problems(machine)
+    if nodes and (machine.container or not without_uvm):
+        yield closed_nodes(machine, nodes, seen)
+        return
     if code == NO_DEVICE and not smi(machine).gpus:
         return  # nvidia-smi does not see one either: the driver check has said why
-    seen = f"{', '.join(facts.paths) or 'libcuda.so.1'}: cuInit answers {facts.init_code}"
-    if code is None:
-        seen = f"{', '.join(facts.paths) or 'libcuda.so.1'}: {facts.error or 'no answer'}"
     module = (machine.read("/proc/driver/nvidia/version") or "").splitlines()
     if module:
         seen += f"; the kernel's module: {module[0].removeprefix('NVRM version:').strip()}"
-    name, cause, title, why, cure = INIT_PROBLEMS.get(code or 0, (
-        "", "init-failed", "the CUDA driver does not start", "No program on this machine can use the GPU.",
-        'nvidia-smi; sudo dmesg | grep -iE "nvrm|xid"   # the reason'))  # fmt: skip
+    name, problem = INIT_PROBLEMS.get(code, ("", INIT_FAILED))
+    cure = problem.cure
     if machine.wsl == 2:
         cure = f"{RESTART_WSL}\n{cure}"
-    yield error(cause, title, seen=f"{seen} {name}".strip(), why=why, cure=cure)
+    elif problem.cause not in LOCAL_CAUSES:
+        cure = where_it_helps(machine, cure)
+    yield error(problem.cause, problem.title, seen=f"{seen} {name}".strip(), why=problem.why, cure=cure)
+
+
+def node_problems(machine: Machine) -> dict[str, str]:
+    """Why the device nodes that CUDA opens first cannot be opened, by node; empty where they can."""
+    needed = ("/dev/dxg",) if machine.wsl == 2 else ("/dev/nvidiactl", "/dev/nvidia-uvm")
+    gpus = [] if machine.wsl == 2 else machine.glob("/dev/nvidia[0-9]*")
+    if not gpus and not machine.wsl and not smi(machine).gpus:
+        return {}
+    return {node: problem for node in (*gpus, *needed) if (problem := machine.open_problem(node))}
+
+
+def closed_nodes(machine: Machine, problems: dict[str, str], answer: str) -> Finding:
+    missing = [node for node in problems if not machine.exists(node)]
+    if machine.container:
+        cure = with_gpus(machine)
+    elif machine.wsl == 2:
+        cure = UPDATE_WSL if missing else "sudo chmod a+rw /dev/dxg"
+    elif missing:
+        cure = "sudo nvidia-modprobe -c 0 -u"
+    else:
+        group = machine.owning_group(next(iter(problems)))
+        groups = "video,render" if group == "root" else group
+        cure = f"sudo usermod -aG {groups} $USER   # then log in again; on a cluster, ask the scheduler for a GPU"
+    return error(
+        "device-nodes",
+        "the GPU's device nodes are missing" if missing else "this user may not open the GPU's device nodes",
+        seen="; ".join([*(f"{node}: {problem}" for node, problem in problems.items()), answer]),
+        why="CUDA opens them before it looks for a GPU, and then reports that there is none.",
+        cure=cure,
+    )

@@ -6,20 +6,19 @@ Files are read below `root`; programs are found in PATH below `root`; what only 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 import shutil
+import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from commons.doctor.processes import Completed, probe_answer, probe_command, run_process, run_together
+from commons.doctor.processes import Completed, probe_answer, probe_command, run_process
 
 Answer = TypeVar("Answer")
 
@@ -46,7 +45,7 @@ class CudaDevice:
 class Libcuda:
     """The driver's library as a new process loads it, CUDA_VISIBLE_DEVICES put aside."""
 
-    loaded: bool
+    loaded: bool = False
     paths: tuple[str, ...] = ()
     version: tuple[int, int] | None = None
     init_code: int | None = None
@@ -65,26 +64,23 @@ class TorchFiles:
 
     version: str | None = None
     cuda: str | None = None
-    hip: str | None = None
     path: str = ""
 
 
 @dataclass(frozen=True)
 class TorchImport:
-    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"; paths: its libcuda."""
+    """What a child process got from `import torch`. arch_list as in "sm_90", "compute_120"."""
 
-    imported: bool
+    imported: bool = False
     version: str = ""
     path: str = ""
     cuda: str | None = None
     arch_list: tuple[str, ...] = ()
     devices: tuple[CudaDevice, ...] = ()
-    peer_access: tuple[tuple[bool, ...], ...] = ()
     nccl: str = ""
-    distributed: bool = False
     import_seconds: float = 0.0
-    paths: tuple[str, ...] = ()
     error: str = ""
+    timed_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,19 +96,6 @@ class Distribution:
 class Disk:
     total_bytes: int
     free_bytes: int
-    writable: bool
-
-
-@dataclass(frozen=True)
-class AllReduce:
-    """A real all-reduce between processes. addresses: the local ends of the connections that it used."""
-
-    worked: bool
-    seconds: float = 0.0
-    addresses: tuple[str, ...] = ()
-    log: str = ""
-    error: str = ""
-    timed_out: bool = False
 
 
 @dataclass
@@ -145,9 +128,6 @@ class Machine:
     def glob(self, pattern: str) -> list[str]:
         """Paths below the root that match, as the machine itself would name them."""
         return sorted("/" + str(path.relative_to(self.root)) for path in self.root.glob(pattern.lstrip("/")))
-
-    def is_link(self, path: str) -> bool:
-        return self.at(path).is_symlink()
 
     def open_problem(self, path: str) -> str:
         """Why a device node cannot be opened for reading and writing; empty where it can."""
@@ -198,10 +178,6 @@ class Machine:
     # --- the system
 
     @cached_property
-    def system(self) -> str:
-        return platform.system()
-
-    @cached_property
     def processor(self) -> str:
         return platform.machine()
 
@@ -220,7 +196,7 @@ class Machine:
     @cached_property
     def distribution(self) -> str:
         match = re.search(r'^PRETTY_NAME="?([^"\n]*)', self.read("/etc/os-release") or "", re.MULTILINE)
-        return match[1] if match else self.system
+        return match[1] if match else platform.system()
 
     @cached_property
     def distribution_ids(self) -> list[str]:
@@ -250,53 +226,26 @@ class Machine:
             return "kubernetes"
         cgroup = self.read("/proc/1/cgroup") or ""
         match = re.search(r"docker|kubepods|containerd|libpod|lxc", cgroup)
-        named = self.environment.get("container", "")
-        return match[0] if match else named
+        named = match[0] if match else self.environment.get("container", "")
+        return {"kubepods": "kubernetes", "libpod": "podman"}.get(named, named)
 
-    @cached_property
-    def cpus(self) -> int:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-    def limit(self, name: str) -> tuple[int | None, int | None]:
-        """Soft and hard value of "memlock" (bytes) or "nofile"; None is unlimited."""
-        import resource
-
-        values = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
-        return tuple(None if value == resource.RLIM_INFINITY else value for value in values)  # type: ignore[return-value]
+    @property
+    def engine(self) -> str:
+        """The program with which this container is run: docker, where it does not say; empty where there is none."""
+        known = {"": "", "podman": "podman", "apptainer": "", "kubernetes": "", "containerd": "nerdctl"}
+        return known.get(self.container, "docker")
 
     def disk(self, path: str) -> Disk | None:
         try:
             usage = shutil.disk_usage(self.at(path))
         except OSError:
             return None
-        return Disk(usage.total, usage.free, os.access(self.at(path), os.W_OK))
+        return Disk(usage.total, usage.free)
 
     @cached_property
-    def working_folder(self) -> str:
-        return str(Path.cwd())
-
-    @cached_property
-    def temporary_folder(self) -> str:
-        return tempfile.gettempdir()
-
-    @cached_property
-    def interface_addresses(self) -> dict[str, list[str]]:
-        """Names of the network interfaces, with their IPv4 address where they have one."""
-        import fcntl
-        import socket
-        import struct
-
-        get_interface_address = 0x8915  # SIOCGIFADDR
-        found: dict[str, list[str]] = {}
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
-            for _, name in socket.if_nameindex():
-                found[name] = []
-                with contextlib.suppress(OSError):  # has none
-                    request = struct.pack("256s", name.encode()[:15])
-                    answer = fcntl.ioctl(asker.fileno(), get_interface_address, request)
-                    found[name].append(socket.inet_ntoa(answer[20:24]))
-        return found
+    def interfaces(self) -> list[str]:
+        """Names of the network interfaces."""
+        return [name for _, name in socket.if_nameindex()]
 
     @cached_property
     def hostname_answer(self) -> dict[str, Any]:
@@ -308,11 +257,7 @@ class Machine:
     @cached_property
     def libcuda(self) -> Libcuda:
         environment = {name: value for name, value in self.environment.items() if name != "CUDA_VISIBLE_DEVICES"}
-        answer = self.probe("libcuda", timeout_seconds=30, environment=environment)
-        answer["devices"] = devices_of(answer)
-        answer["paths"] = tuple(answer.get("paths", ()))
-        answer["version"] = tuple(answer["version"]) if answer.get("version") else None
-        return Libcuda(**{"loaded": False, **answer})
+        return read_answer(Libcuda, self.probe("libcuda", timeout_seconds=30, environment=environment))
 
     @cached_property
     def torch_files(self) -> TorchFiles:
@@ -328,14 +273,7 @@ class Machine:
     def torch(self) -> TorchImport:
         if self.torch_files.version is None:
             return TorchImport(False, error="torch is not installed")
-        answer = self.probe("torch", timeout_seconds=120)
-        known = TorchImport.__dataclass_fields__
-        answer = {name: value for name, value in answer.items() if name in known}
-        answer["devices"] = devices_of(answer)
-        for name in ("arch_list", "paths"):
-            answer[name] = tuple(answer.get(name, ()))
-        answer["peer_access"] = tuple(tuple(row) for row in answer.get("peer_access", ()))
-        return TorchImport(**{"imported": False, **answer})
+        return read_answer(TorchImport, self.probe("torch", timeout_seconds=120))
 
     @cached_property
     def distributions(self) -> tuple[Distribution, ...]:
@@ -350,23 +288,13 @@ class Machine:
                 found.append(Distribution(re.sub(r"[-_.]+", "-", name).lower(), package.version, folder))
         return tuple(dict.fromkeys(found))
 
-    def all_reduce(self, backend: str, ranks: int, timeout_seconds: float) -> AllReduce:
-        """Runs `ranks` processes that sum a vector over gloo or NCCL, and checks the sum."""
-        environment = {**self.environment, "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
-        # left by a surrounding torchrun, they would make these processes join that run
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-        with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-            commands = [
-                probe_command("all-reduce", backend, str(rank), str(ranks), f"{folder}/store", str(timeout_seconds))
-                for rank in range(ranks)
-            ]
-            results = run_together(commands, environment, timeout_seconds, folder)
-        return judge_all_reduce(results, ranks, timeout_seconds)
 
-
-def devices_of(answer: Mapping[str, Any]) -> tuple[CudaDevice, ...]:
-    return tuple(CudaDevice(each["name"], tuple(each["capability"])) for each in answer.get("devices", ()))
+def read_answer(kind: type[Answer], answer: Mapping[str, Any]) -> Answer:
+    """A probe's JSON as a record: lists as tuples, devices as CudaDevice."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in answer.items()}
+    if devices := answer.get("devices"):
+        values["devices"] = tuple(CudaDevice(each["name"], tuple(each["capability"])) for each in devices)
+    return kind(**values)
 
 
 def read_torch_version(folder: Path) -> TorchFiles:
@@ -380,20 +308,4 @@ def read_torch_version(folder: Path) -> TorchFiles:
         match = re.search(rf"^{name}\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.MULTILINE)
         return match[1] if match else None
 
-    return TorchFiles(value("__version__") or "unknown", value("cuda"), value("hip"), str(folder))
-
-
-def judge_all_reduce(results: Sequence[Completed], ranks: int, timeout_seconds: float) -> AllReduce:
-    answers = [probe_answer(result, timeout_seconds) for result in results]
-    log = "\n".join(result.text for result in results)
-    failed = next((i for i, answer in enumerate(answers) if "sum" not in answer and not results[i].timed_out), None)
-    if failed is None and any(result.timed_out for result in results):
-        return AllReduce(False, log=log, error=f"no sum within {timeout_seconds:g} s", timed_out=True)
-    if failed is not None:
-        return AllReduce(False, log=log, error=f"rank {failed}: {answers[failed].get('error', 'no answer')}")
-    expected = ranks * (ranks + 1) / 2
-    sums = {answer["sum"] for answer in answers}
-    addresses = tuple(sorted({address for answer in answers for address in answer["addresses"]}))
-    if sums != {expected}:
-        return AllReduce(False, addresses=addresses, log=log, error=f"the sum is {sums}, not {expected}")
-    return AllReduce(True, max(answer["seconds"] for answer in answers), addresses, log)
+    return TorchFiles(value("__version__") or "unknown", value("cuda"), str(folder))

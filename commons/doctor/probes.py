@@ -5,7 +5,6 @@ Run as a script by machine.py, with the interpreter that would train; prints one
     probes.py libcuda       load the driver's library and initialise it
     probes.py torch         import torch and ask what it was built for and what it sees
     probes.py hostname      this machine's name as an address
-    probes.py all-reduce BACKEND RANK RANKS STORE SECONDS     one rank of an all-reduce, met through a file
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 # CUdevice_attribute of the driver API
 COMPUTE_CAPABILITY_MAJOR = 75
 COMPUTE_CAPABILITY_MINOR = 76
-TCP_ESTABLISHED = "01"
 
 
 def mapped_libraries(name: str) -> list[str]:
@@ -75,8 +73,6 @@ def torch_build() -> dict[str, Any]:
         "version": torch.__version__,
         "path": str(Path(torch.__file__).parent),
         "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "distributed": torch.distributed.is_available(),
     }
     if torch.version.cuda:
         answer.update(cuda_answers(torch))
@@ -95,13 +91,9 @@ def cuda_answers(torch: Any) -> dict[str, Any]:
             {"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
             for i in range(count)
         ]
-        answer["peer_access"] = [
-            [i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)] for i in range(count)
-        ]
         answer["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
     except Exception as problem:  # the text is the finding
         answer["error"] = f"{type(problem).__name__}: {problem}"
-    answer["paths"] = mapped_libraries("libcuda.so")
     return answer
 
 
@@ -113,80 +105,14 @@ def hostname() -> dict[str, Any]:
         return {"hostname": name, "error": str(problem)}
 
 
-def all_reduce(backend: str, rank: int, ranks: int, store: str, seconds: float) -> dict[str, Any]:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    # a file as the meeting point: the only sockets of this process are then the backend's own
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=seconds),
-    )
-    values = torch.full((1 << 18,), float(rank + 1), device=device)
-    dist.all_reduce(values)  # connects
-    started = time.perf_counter()
-    values.fill_(rank + 1)
-    dist.all_reduce(values)
-    total = values[0].item()
-    answer = {"sum": total, "seconds": time.perf_counter() - started, "addresses": connected_addresses()}
-    dist.destroy_process_group()
-    return answer
-
-
-def connected_addresses() -> list[str]:
-    """Local IPv4 and IPv6 addresses of this process's established TCP connections, from /proc."""
-    inodes, addresses = socket_inodes(), set()
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        path = Path("/proc/self/net") / table
-        rows = path.read_text().splitlines()[1:] if path.exists() else []
-        for row in (line.split() for line in rows):
-            if row[3] == TCP_ESTABLISHED and row[9] in inodes:
-                addresses.add(decode_address(row[1].split(":")[0], family))
-    return sorted(addresses)
-
-
-def socket_inodes() -> set[str]:
-    inodes = set()
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            target = str(link.readlink())
-        except OSError:  # the listing's own descriptor is closed by now
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[len("socket:[") : -1])
-    return inodes
-
-
-def decode_address(text: str, family: socket.AddressFamily) -> str:
-    """/proc/net/tcp prints addresses as 32-bit words in the machine's byte order."""
-    words = [bytes.fromhex(text[i : i + 8]) for i in range(0, len(text), 8)]
-    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
-    return socket.inet_ntop(family, packed).removeprefix("::ffff:")
-
-
-PROBES = {
-    "libcuda": libcuda,
-    "torch": torch_build,
-    "hostname": hostname,
-    "all-reduce": lambda backend, rank, ranks, store, seconds: all_reduce(
-        backend, int(rank), int(ranks), store, float(seconds)
-    ),
-}
+PROBES = {"libcuda": libcuda, "torch": torch_build, "hostname": hostname}
 
 
 def main(arguments: list[str]) -> None:
-    # this file's folder is first on the path; nothing in it may stand before an installed module
+    # this file's folder comes first on the path; no file in it may hide an installed module
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if entry != here]
-    print(json.dumps(PROBES[arguments[0]](*arguments[1:])), flush=True)
+    print(json.dumps(PROBES[arguments[0]]()), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,55 +70,8 @@ def probe_answer(done: Completed, timeout_seconds: float) -> dict[str, Any]:
         return {"error": f"no answer in {timeout_seconds:g} s", "timed_out": True}
     if done.returncode is not None and done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode}; {last_line(done.stderr)}"}
-    for line in reversed(done.stdout.splitlines()):  # NCCL's log shares the output
+    for line in reversed(done.stdout.splitlines()):  # libraries may have printed before
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
                 return json.loads(line)
     return {"error": last_line(done.stderr) or f"exit code {done.returncode}, no answer"}
-
-
-def run_together(
-    commands: Sequence[Sequence[str]], environment: Mapping[str, str], timeout_seconds: float, folder: str
-) -> list[Completed]:
-    """Starts all, waits for all, leaves none behind. Output goes to files: a full pipe would be a hang."""
-    deadline = time.monotonic() + timeout_seconds
-    logs = [(Path(folder) / f"out{i}", Path(folder) / f"err{i}") for i in range(len(commands))]
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        for command, (out, err) in zip(commands, logs, strict=True):
-            children.append(start(command, environment, out, err))
-        late = [not ends_by(child, deadline) for child in children]
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-    return [
-        Completed(
-            None if is_late else child.returncode,
-            out.read_text(errors="replace"),
-            err.read_text(errors="replace"),
-            timed_out=is_late,
-        )
-        for child, is_late, (out, err) in zip(children, late, logs, strict=True)
-    ]
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path) -> subprocess.Popen[bytes]:
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        return subprocess.Popen(
-            command,
-            env=dict(environment),
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-        )
-
-
-def ends_by(child: subprocess.Popen[bytes], deadline: float) -> bool:
-    try:
-        child.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return False
-    return True

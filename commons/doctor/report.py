@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from commons.doctor.findings import Finding, exit_code
 
-# Raised when a key below is renamed or goes; a new key or a new finding id does not raise it.
+# Raised when a key below is renamed or goes. Finding ids come and go without it; those in the README stay.
 SCHEMA_VERSION = 1
 COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from commons.doctor.machine import Machine
@@ -29,11 +29,6 @@ class Gpu:
     memory_used_mib: float | None = None
     capability: tuple[int, int] | None = None
     compute_mode: str | None = None
-    persistence_mode: str | None = None
-    mig_mode: str | None = None
-    mig_mode_pending: str | None = None
-    ecc_uncorrected: int | None = None
-    throttle_reasons: int | None = None  # a mask, see gpu_state.THROTTLE_REASONS
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,6 @@ class GpuProcess:
     gpu_uuid: str
     pid: int
     name: str
-    memory_mib: float | None
 
 
 @dataclass(frozen=True)
@@ -65,36 +59,21 @@ def number(text: str) -> float | None:
     return float(value) if value and re.fullmatch(r"-?\d+(\.\d+)?", value) else None
 
 
-def whole(text: str) -> int | None:
-    value = number(text)
-    return None if value is None else int(value)
-
-
-def mask(text: str) -> int | None:
-    value = known(text)
-    return int(value, 16) if value and value.lower().startswith("0x") else None
-
-
 def version(text: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)\.(\d+).*", text.strip())
     return (int(match[1]), int(match[2])) if match else None
 
 
-# Gpu's field -> (nvidia-smi's names for it, newest first; how to read the answer)
-QUERY: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
-    "index": (("index",), int),
-    "uuid": (("uuid",), str.strip),
-    "name": (("name",), str.strip),
-    "driver_version": (("driver_version",), str.strip),
-    "memory_total_mib": (("memory.total",), number),
-    "memory_used_mib": (("memory.used",), number),
-    "capability": (("compute_cap",), version),
-    "compute_mode": (("compute_mode",), known),
-    "persistence_mode": (("persistence_mode",), known),
-    "mig_mode": (("mig.mode.current",), known),
-    "mig_mode_pending": (("mig.mode.pending",), known),
-    "ecc_uncorrected": (("ecc.errors.uncorrected.volatile.total",), whole),
-    "throttle_reasons": (("clocks_event_reasons.active", "clocks_throttle_reasons.active"), mask),
+# Gpu's field -> (nvidia-smi's name for it; how to read the answer)
+QUERY: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "index": ("index", int),
+    "uuid": ("uuid", str.strip),
+    "name": ("name", str.strip),
+    "driver_version": ("driver_version", str.strip),
+    "memory_total_mib": ("memory.total", number),
+    "memory_used_mib": ("memory.used", number),
+    "capability": ("compute_cap", version),
+    "compute_mode": ("compute_mode", known),
 }
 REQUIRED = ("index", "uuid", "name", "driver_version")
 CSV = "--format=csv,noheader,nounits"
@@ -105,15 +84,14 @@ def query_gpus(machine: Machine) -> Smi:
     path = machine.which("nvidia-smi")
     if path is None:
         return Smi(None)
-    names = {field.name: list(QUERY[field.name][0]) for field in fields(Gpu)}
+    asked = {field: name for field, (name, _) in QUERY.items()}
     while True:
-        asked = {field: choices[0] for field, choices in names.items() if choices}
         done = machine.run(["nvidia-smi", "--query-gpu=" + ",".join(asked.values()), CSV])
         refused = re.search(r'[Ff]ield "([^"]+)" is not a valid field', done.text)
         field = next((f for f, name in asked.items() if refused and name == refused[1]), None)
         if field is None or field in REQUIRED:
             return read_answer(path, list(asked), done)
-        names[field].pop(0)
+        del asked[field]
 
 
 def read_answer(path: str, asked: list[str], done: Completed) -> Smi:
@@ -133,7 +111,7 @@ def read_answer(path: str, asked: list[str], done: Completed) -> Smi:
 
 
 def smi(machine: Machine) -> Smi:
-    """query_gpus, asked once a machine."""
+    """query_gpus, asked once per machine."""
     return machine.remember("smi", query_gpus)
 
 
@@ -163,12 +141,5 @@ def gpu_processes(machine: Machine) -> list[GpuProcess]:
     done = machine.run(["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_gpu_memory", CSV])
     rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") >= 3]
     return [
-        GpuProcess(row[0].strip(), int(row[1]), ",".join(row[2:-1]).strip(), number(row[-1]))
-        for row in rows
-        if row[1].strip().isdigit()
+        GpuProcess(row[0].strip(), int(row[1]), ",".join(row[2:-1]).strip()) for row in rows if row[1].strip().isdigit()
     ]
-
-
-def mig_devices(machine: Machine) -> list[str]:
-    """UUIDs of the MIG devices: GPU slices that have a compute instance."""
-    return re.findall(r"UUID: (MIG-[^)\s]+)", machine.run(["nvidia-smi", "-L"]).stdout)

@@ -20,11 +20,15 @@ EXIT_TESTED, EXIT_UNTESTED, EXIT_UNUSABLE = 0, 10, 11
 
 
 class TestedRange(NamedTuple):
-    """Both ends belong to it; "2.13" includes every 2.13.x. Below `minimum` nothing can work."""
+    """Both ends belong to it; "2.13" includes every 2.13.x.
+
+    Below `minimum` nothing can work, nor from `broken_from` on, where that is known.
+    """
 
     oldest: str
     newest: str
     minimum: str
+    broken_from: str = ""
 
     def __str__(self) -> str:
         return self.oldest if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
@@ -33,7 +37,8 @@ class TestedRange(NamedTuple):
 PYTHON = TestedRange("3.10", "3.12", minimum="3.10")
 TESTED = {
     "torch": TestedRange("2.5.1", "2.13", minimum="2.5"),
-    "transformers": TestedRange("4.51.3", "4.51.3", minimum="4.40"),
+    # transformers 5 was seen failing: Colossal-AI's lazy initialisation breaks its import
+    "transformers": TestedRange("4.51.3", "4.51.3", minimum="4.40", broken_from="5"),
     "colossalai": TestedRange("0.5.0", "0.5.0", minimum="0.5.0"),
 }
 # Needed, in whatever version torch and transformers accept.
@@ -81,6 +86,9 @@ def compare(name: str, version: str, tested: TestedRange, cure: str) -> Finding 
     numbers, newest = release(version), release(tested.newest)
     if numbers < release(tested.minimum):
         text = f"{name} {version} cannot work, {tested.minimum} or newer is needed (tested: {tested}): {cure}"
+        return Finding(name, usable=False, message=text)
+    if tested.broken_from and numbers >= release(tested.broken_from):
+        text = f"{name} {version} cannot work, one older than {tested.broken_from} is needed (tested: {tested}): {cure}"
         return Finding(name, usable=False, message=text)
     if numbers < release(tested.oldest) or numbers[: len(newest)] > newest:
         text = f"{name} {version} is outside the tested range, {tested}; if it fails: {cure}"
