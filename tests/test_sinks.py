@@ -20,6 +20,7 @@ import textwrap
 import time
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from commons.reporting.console_layout import (
 from commons.reporting.header import RunHeader
 from commons.reporting.record import StepRecord
 from commons.reporting.sinks.metrics_file import JsonlSink
-from commons.reporting.sinks.registry import open_sinks, start_run_folder
+from commons.reporting.sinks.patient_stream import DRAIN_SECONDS, MOST_PENDING_BYTES, PatientStream
+from commons.reporting.sinks.registry import SINKS, open_sinks, start_run_folder
+from commons.reporting.sinks.sink import RunFacts
 from commons.reporting.sinks.summary_file import SummarySink
 from commons.reporting.summary import MEASURED_FIELDS, summarize
 from commons.reporting.writing import SinkError, to_json
@@ -293,6 +296,190 @@ def test_a_reader_that_leaves_is_one_error(tmp_path: Path) -> None:
     os.close(write_end)
     assert done.returncode == 1  # 120 where the interpreter failed once more at its exit
     assert re.fullmatch(r"cannot write the console .*: Broken pipe; .+\n", done.stderr)
+
+
+def test_a_reader_that_does_not_read_stops_nothing(tmp_path: Path) -> None:
+    """More lines than the pipe holds, and nobody takes one before the run is over."""
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    script = RUN.replace("(1, 2, 3)", "range(1, 401)")
+    with subprocess.Popen(
+        python(script, tmp_path / "run", 0), env=surroundings(), stdout=write_end, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(write_end)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    with open(read_end) as pipe:
+        shown = pipe.read()
+    log = (tmp_path / "run/console.log").read_text()
+    assert len(re.findall(r"^ *\d+/3 ", log, re.M)) == 400 and "median" in log
+    assert 0 < len(shown) <= 4096 and log.startswith(shown)
+
+
+def test_a_reader_that_comes_late_gets_every_line(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    script = RUN.replace("(1, 2, 3)", "range(1, 401)")
+    environment = surroundings()
+    with subprocess.Popen(python(script, tmp_path / "run", 0), env=environment, stdout=write_end) as process:
+        os.close(write_end)
+        log = tmp_path / "run/console.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "median" in log.read_text()):  # all is said, and the pipe full
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with open(read_end) as pipe:
+            shown = pipe.read()
+    assert process.returncode == 0
+    assert shown == log.read_text()
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[tuple[PatientStream, int]]:
+    """A stream into a pipe that has room for one page, and the end to read it at."""
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    with open(write_end, "w") as file:
+        yield PatientStream(file), read_end
+    os.close(read_end)
+
+
+def test_what_is_kept_for_a_reader_has_an_end(full_pipe: tuple[PatientStream, int]) -> None:
+    stream, read_end = full_pipe
+    line = "x" * 1023 + "\n"
+    for index in range(3 * MOST_PENDING_BYTES // 1024):
+        stream.write(f"{index:04d}{line[4:]}")
+        stream.flush()
+        assert stream.pending_bytes <= MOST_PENDING_BYTES
+    shown = b""
+    while stream.pending_bytes:
+        shown += os.read(read_end, 65536)
+        stream.flush()
+    stream.close()
+    os.set_blocking(read_end, False)
+    lines = (shown + os.read(read_end, 65536)).decode().splitlines()
+    (notice,) = [line for line in lines if "missing" in line]
+    numbers = [int(line[:4]) for line in lines if line != notice]
+    missing = int(re.findall(r"\((\d+) lines are missing here: console.log has them\)", notice)[0])
+    assert len(numbers) + missing == 3 * MOST_PENDING_BYTES // 1024 and missing > 0
+    assert numbers == sorted(numbers) and numbers[-1] == 3 * MOST_PENDING_BYTES // 1024 - 1
+    assert numbers[lines.index(notice)] - numbers[lines.index(notice) - 1] == missing + 1
+
+
+def test_a_stream_stays_as_its_other_writers_have_it(full_pipe: tuple[PatientStream, int]) -> None:
+    """Not to block is a property of what is open, which other processes share."""
+    stream, _ = full_pipe
+    assert os.get_blocking(stream.fileno())
+
+
+def test_the_end_does_not_wait_long_for_a_reader(full_pipe: tuple[PatientStream, int]) -> None:
+    stream, _ = full_pipe
+    stream.write("x" * 10_000)
+    stream.flush()
+    start = time.monotonic()
+    stream.close()
+    stream.close()
+    assert DRAIN_SECONDS - 0.1 < time.monotonic() - start < DRAIN_SECONDS + 5
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr", "all"])
+def test_a_process_without_standard_streams(tmp_path: Path, closed: str) -> None:
+    script = """
+        import json, os, subprocess, sys
+        from commons.lifecycle.standard_streams import open_missing_streams
+        from commons.reporting.sinks.registry import open_sinks
+        from test_sinks import GPU_RECORD, HEADER, Config
+        open_missing_streams()
+        fds = [os.fstat(fd).st_rdev == os.stat("/dev/null").st_rdev for fd in (0, 1, 2)]
+        inherited = subprocess.run(["sh", "-c", "echo word; echo word >&2"]).returncode
+        print("words", flush=True)
+        print("words", file=sys.stderr, flush=True)
+        with open_sinks(Config.at(sys.argv[1]), HEADER, 0) as sinks:
+            for sink in sinks:
+                sink.log(GPU_RECORD)
+        with open(os.path.join(sys.argv[1], "seen"), "w") as file:
+            json.dump([fds, inherited, sys.stdin.read()], file)
+    """
+    closing = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}[closed]
+    command = ["sh", "-c", f'"$@" {closing}', "sh", *python(script, tmp_path / "run")]
+    with subprocess.Popen(
+        command, env=surroundings(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    fds, inherited, typed = json.loads((tmp_path / "run/seen").read_text())
+    assert (inherited, typed) == (0, "")
+    assert fds == [closed in (name, "all") for name in ("stdin", "stdout", "stderr")]
+    assert "10.8251" in (tmp_path / "run/console.log").read_text()
+
+
+def test_a_sink_where_there_is_no_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with open_sinks(Config.at(tmp_path / "run"), HEADER, 0) as sinks:
+        assert len(sinks) == len(SINKS) - 1
+
+
+# --- Every sink of the table ----------------------------------------------------------------------
+
+
+def written(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out if name == "console" else (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_every_sink_takes_a_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one without a step, and it may be closed twice."""
+    for records in ([], [CPU_RECORD, dataclasses.replace(CPU_RECORD, step=2, loss=float("nan"))]):
+        (tmp_path / "console.log").unlink(missing_ok=True)
+        sink = SINKS[name](RunFacts(tmp_path, 2, 1, False, HEADER))
+        assert sink is not None
+        for record in records:
+            sink.log(record)
+        sink.report(summarize(records, warmup_step=1))
+        sink.close()
+        sink.close()
+        text = written(name, tmp_path, capsys)
+        assert bool(records) <= bool(text), "nothing was written"
+        if name.endswith(("json", "jsonl")):
+            assert all(strict_json(part) for part in ([text] if name.endswith("json") else text.splitlines()))
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_every_sink_fails_in_one_line(name: str, tmp_path: Path) -> None:
+    """On a disk that takes no more bytes: a limit on the size of files fails in the same way."""
+    script = """
+        import resource, sys
+        from pathlib import Path
+        from commons.reporting.sinks.registry import SINKS, RunFacts
+        from commons.reporting.writing import SinkError
+        from test_sinks import GPU_RECORD, HEADER
+        sink = SINKS[sys.argv[2]](RunFacts(Path(sys.argv[1]), 3, 1, False, HEADER))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+        try:
+            sink.log(GPU_RECORD)
+            sink.report({"steps": 1})
+        except SinkError as error:
+            print(error, file=sys.stderr)
+        sink.close()
+    """
+    with open(tmp_path / "screen", "w") as screen:
+        done = subprocess.run(
+            python(script, tmp_path, name), env=surroundings(), stdout=screen, stderr=subprocess.PIPE, timeout=60
+        )
+    place = "the console (standard output)" if name == "console" else str(tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"cannot write {re.escape(place)}: File too large; .+\n", done.stderr.decode())
+
+
+def test_no_sink_is_left_open_when_another_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "console.log").symlink_to(tmp_path / "nowhere" / "console.log")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SinkError, match=r"console\.log"), open_sinks(Config.at(tmp_path), HEADER, 0):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:

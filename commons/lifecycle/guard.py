@@ -33,6 +33,7 @@ from commons.lifecycle.outcome import (
     leave_note,
     stopped_by,
 )
+from commons.lifecycle.standard_streams import open_missing_streams
 
 WATCH_VARIABLE = "GEMINI_WATCH"  # the folder in which the launcher reads the ranks' pulses
 GRACE_SECONDS = 4.0  # for the step at hand; the launcher kills after 6, and 10 is what a user is promised
@@ -231,6 +232,7 @@ def stack_path(folder: Path, attempt: int, rank: int) -> Path:
 @contextlib.contextmanager
 def on_duty() -> Iterator[Guard]:
     """A guard for the whole life of this rank. Exceptions end the rank in order too."""
+    open_missing_streams()
     faulthandler.enable()
     folder = os.environ.get(WATCH_VARIABLE)
     pulse = _shared_pulse(Path(folder)) if folder else None

@@ -45,6 +45,7 @@ def leave(exit_code: int) -> NoReturn:
     is done and well (seen once in forty FSDP runs on a CPU: "terminate called without an active exception").
     """
     teardown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            stream.flush()
     os._exit(exit_code)

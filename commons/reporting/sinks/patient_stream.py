@@ -22,6 +22,9 @@ class PatientStream:
 
     Args:
         file: open for text; it stays open.
+
+    Attributes:
+        pending_bytes: kept for later, MOST_PENDING_BYTES at most after a flush().
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -29,7 +32,7 @@ class PatientStream:
         self._file = file
         self._own_fd = _own_description(file)
         self._pending: deque[bytes] = deque()
-        self._pending_bytes = self._lost_lines = 0
+        self.pending_bytes = self._lost_lines = 0
         self._notice = b""
         self.encoding = file.encoding
 
@@ -44,7 +47,7 @@ class PatientStream:
             return self._file.write(text)
         data = text.encode(self.encoding, "replace")
         self._pending.append(data)
-        self._pending_bytes += len(data)
+        self.pending_bytes += len(data)
         return len(text)
 
     def flush(self) -> None:
@@ -57,7 +60,7 @@ class PatientStream:
         except OSError:
             self._discard()
             raise
-        if self._pending_bytes > MOST_PENDING_BYTES:
+        if self.pending_bytes > MOST_PENDING_BYTES:
             self._forget_the_oldest()
 
     def close(self) -> None:
@@ -79,28 +82,28 @@ class PatientStream:
                 data = self._pending.popleft()
                 self._pending.appendleft(data)  # still here should the next line fail
                 sent = os.write(fd, data)
-                self._pending_bytes -= sent
+                self.pending_bytes -= sent
                 self._pending[0] = data[sent:]
                 if not self._pending[0]:
                     self._pending.popleft()
 
     def _forget_the_oldest(self) -> None:
         begun = self._pending.popleft()  # its first part may be on the screen
-        while self._pending and self._pending_bytes > MOST_PENDING_BYTES // 2:
+        while self._pending and self.pending_bytes > MOST_PENDING_BYTES // 2:
             oldest = self._pending.popleft()
-            self._pending_bytes -= len(oldest)
+            self.pending_bytes -= len(oldest)
             if oldest is not self._notice:
                 self._lost_lines += oldest.count(b"\n")
         self._notice = f"({self._lost_lines} lines are missing here: console.log has them)\n".encode()
         self._pending.extendleft([self._notice, begun])
-        self._pending_bytes += len(self._notice)
+        self.pending_bytes += len(self._notice)
 
     def _discard(self) -> None:
         """What could not be written would fail again when the interpreter flushes: a second, confusing error, and exit
         code 120.
         """
         self._pending.clear()
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         if self._own_fd is None:
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
