@@ -674,7 +674,7 @@ def test_case_11_the_interface_taken(no_gpu: FakeMachine, address: str, text: st
     assert found(no_gpu)["interface"].title == "no way out of this machine"
 
 
-# --- the error texts that README quotes
+# --- the error texts that docs/troubleshooting.md quotes
 
 
 def without_uvm(machine: FakeMachine) -> FakeMachine:
@@ -725,8 +725,8 @@ CASES_WITHOUT_A_TEXT = {4, 6}  # nothing is said there but that there is no GPU
 
 
 def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
-    """README's troubleshooting: a case's number -> the texts quoted in its heading, and its finding ids."""
-    section = (REPOSITORY / "README.md").read_text().split("\n## Troubleshooting\n")[1]
+    """docs/troubleshooting.md: a case's number -> the texts quoted in its heading, and its finding ids."""
+    section = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     cases = re.findall(r"^(\d+)\. \*\*(.*?)\*\*(.*?)(?=^\d+\. |^<details>)", section, re.MULTILINE | re.DOTALL)
     return {
         int(number): (
