@@ -269,7 +269,7 @@ def test_commands_work(page: str, command: str) -> None:
         ("bash run_gemini.sh --no_such_flag 1", "--no_such_flag"),
         ("bash run_gemini.sh --distplan CAI_ZeRO1 --placement cpu", "--placement"),
         ("bash run_gemini.sh --doctor --jason", "--jason"),
-        ("PPDEGREE=5 bash run.sh", "--pp_degree"),
+        ("GPUNUM=6 bash run.sh", "--pp_degree 2"),
         ("torchrun --nproc_per_node 3 train_gpt_demo.py --tp_degree 2", "--tp_degree"),
         ("python train_gpt_demo.py --tp_degree 2", "--tp_degree"),
         ("sbatch --nodes=2 --gpus-per-node=1 launchers/slurm.sbatch --tp_degree 4", "--tp_degree"),
