@@ -28,7 +28,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 # tests/test_images.py: text has at least 4:1 of contrast on both pages, fills at least 3:1
 PAGES = {"light": "#ffffff", "dark": "#0d1117"}
-INK = "#79818a"
+INK = "#757d86"
 STATE_COLOURS = dict(zip(MODEL_STATES, ("#3a86d8", "#d0782a", "#2f9c6a"), strict=True))
 PLAN_COLOURS = {"CAI_Gemini": "#3a86d8", "Pytorch_FSDP": "#8d6fd1"}
 FONT = "font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
@@ -106,9 +106,9 @@ def plans_picture() -> str:
     left, bar, gap, row_height, top = 236, 280, 44, 50, 78
     parts = []
     for number, (state, colour) in enumerate(STATE_COLOURS.items()):
-        x = left + number * 126
+        x = left - 48 + number * 126
         parts += [rect(x, 10, 22, 10, f'fill="{colour}"'), text(x + 28, 20, state)]
-    x = left + 3 * 126 + 34
+    x = left - 48 + 3 * 126 + 34
     parts += [rect(x + 1, 10, 22, 10, _on_host(INK)), text(x + 30, 20, "on the host between uses")]
     parts += [text(left + rank * (bar + gap), top - 22, f"rank {rank}", bold=True) for rank in (0, 1)]
     for number, row in enumerate(rows):
@@ -212,7 +212,7 @@ def medians(results: str, case: str, quantity: str) -> list[float]:
 
 
 def speed_picture() -> str:
-    left, bar, row_height = 292, 440, 24
+    left, bar, row_height = 304, 440, 24
     scale = bar / 600  # pixels per TFLOPS
     parts, y = [text(left, 18, "model TFLOPS per GPU; line: range of the runs", size=12)], 40
     top = y - 8
@@ -225,7 +225,7 @@ def speed_picture() -> str:
             colour = PLAN_COLOURS[case.plan]
             parts += [
                 text(8, y + 14, case.plan, size=12),
-                text(100, y + 14, case.note, size=12),
+                text(112, y + 14, case.note, size=12),
                 rect(left, y + 2, middle * scale, 16, f'fill="{colour}"'),
                 line(left + low * scale, y + 10, left + high * scale, y + 10, 'stroke-width="2"'),
                 text(left + high * scale + 8, y + 14, f"{middle:.0f}", size=12, bold=True),
@@ -334,8 +334,8 @@ def floors_picture() -> str:
             parts += [rect(x, y, width, 30, style, radius=6), text(x + width / 2, y + 20, name, bold=True, at="middle")]
             x += width + box_gap
     bottom = 32 + len(floors) * row_height
-    parts += [arrow(480, 40, 480, bottom - 20), text(492, (32 + bottom) / 2, "imports", size=12)]
-    return svg(560, bottom, "The rooms of the suite by floor; imports point down", parts)
+    parts += [arrow(520, 40, 520, bottom - 20), text(532, (32 + bottom) / 2, "imports", size=12)]
+    return svg(640, bottom, "The rooms of the suite by floor; imports point down", parts)
 
 
 def read_floors() -> tuple[tuple[str, ...], ...]:

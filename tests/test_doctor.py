@@ -622,7 +622,7 @@ def test_nvidia_smi_of_a_linux_driver_is_passed_over_in_wsl(wsl: FakeMachine) ->
     assert troubles(wsl)["driver.not-loaded"].cure.startswith("wsl.exe --update")
 
 
-# --- the error texts that README quotes
+# --- the error texts that docs/troubleshooting.md quotes
 
 
 def without_uvm(machine: FakeMachine) -> FakeMachine:
@@ -673,8 +673,8 @@ CASES_WITHOUT_A_TEXT = {4, 6}  # nothing is said there but that there is no GPU
 
 
 def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
-    """README's troubleshooting: a case's number -> the texts quoted in its heading, and its finding ids."""
-    section = (REPOSITORY / "README.md").read_text().split("\n## Troubleshooting\n")[1]
+    """docs/troubleshooting.md: a case's number -> the texts quoted in its heading, and its finding ids."""
+    section = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     cases = re.findall(r"^(\d+)\. \*\*(.*?)\*\*(.*?)(?=^\d+\. |^<details>)", section, re.MULTILINE | re.DOTALL)
     return {
         int(number): (

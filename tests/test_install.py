@@ -773,6 +773,19 @@ def test_run_tests_passes_arguments_on(tests_machine: Machine) -> None:
     assert done.stderr == ""
 
 
+def test_run_tests_smoke_is_left_out_unless_asked_for(tests_machine: Machine) -> None:
+    (tests_machine.repo / "tests/test_it.py").write_text("def test_else(): pass\n")
+    smoke = "import pytest\n@pytest.mark.smoke\ndef test_plan(): pass\n@pytest.mark.smoke\ndef test_other(): pass\n"
+    (tests_machine.repo / "tests/test_smoke.py").write_text(smoke)
+    script, quiet = str(tests_machine.repo / "run_tests.sh"), ("-p", "no:cacheprovider")
+
+    assert "1 passed, 2 deselected" in tests_machine.run(script, *quiet).stdout.splitlines()[-1]
+    assert "2 passed" in tests_machine.run(script, "--smoke", *quiet).stdout.splitlines()[-1]
+    assert (
+        "1 passed, 1 deselected" in tests_machine.run(script, "--smoke", "-k", "plan", *quiet).stdout.splitlines()[-1]
+    )
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_run_tests_ended_by_a_signal_ends_everything(tests_machine: Machine, ending: signal.Signals) -> None:
     (tests_machine.repo / "tests/test_it.py").write_text(

@@ -469,7 +469,7 @@ def test_the_cure_of_no_gpu_is_a_line_to_copy(monkeypatch: pytest.MonkeyPatch, c
     first, *cure, last = notice.splitlines() if command else notice.partition(". ")[::2]
     assert first.startswith("No GPU seen: a Linux driver hides the one from Windows")
     assert [line.strip() for line in cure] == ([command] if command else [])
-    assert last.startswith("Training gpt2_tiny on 2 CPU ranks with gloo instead; more in README.md (Troubleshooting)")
+    assert last.startswith("Training gpt2_tiny on 2 CPU ranks with gloo instead; more in docs/troubleshooting.md")
     assert last.endswith("from: bash run_gemini.sh --doctor"), "a command that ends its line can be copied too"
 
 

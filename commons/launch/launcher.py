@@ -158,7 +158,7 @@ def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
     end = f"; try:\n    {cure}\n" if cure else ". "
     return (
         f"No GPU seen{cause and f': {cause}'}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
-        " README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
+        " docs/troubleshooting.md and from: bash run_gemini.sh --doctor"
     )
 
 
