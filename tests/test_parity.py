@@ -29,7 +29,7 @@ def _records(values: list[tuple[float, float | None, int]]) -> list[StepRecord]:
 
 def _compare(values: list[tuple[float, float | None, int]]) -> parity.Parity:
     reference = [parity.ReferenceStep(loss=2.0, grad_norm=4.0)] * len(values)
-    return parity.compare(TrainConfig(precision="fp32"), _records(values), reference)
+    return parity.compare(TrainConfig(precision="fp32").resolve("cpu"), _records(values), reference)
 
 
 def test_the_worst_step_counts() -> None:

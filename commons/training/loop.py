@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import statistics
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from commons.config.auto import wants_graph
-from commons.config.schema import TrainConfig
+from commons.config.auto import EAGER_STEPS
+from commons.config.resolved import ResolvedConfig
 from commons.data.random_tokens import DrawnAhead, random_tokens
 from commons.distributed.device import Device, PhaseClock, StepTiming, measured_peak_flops, memory_use
 from commons.distributed.layout import Place, place
@@ -37,7 +38,7 @@ class Session:
         peak_flops: of this device and precision, FLOP/s, from the datasheet or measured; None if unknown.
     """
 
-    config: TrainConfig
+    config: ResolvedConfig
     device: Device
     plan: Plan
     shape: ModelShape
@@ -56,16 +57,28 @@ class Session:
     def sequences_per_step(self) -> int:
         """Over all data-parallel ranks and micro-batches."""
         config = self.config
-        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)  # pyright: ignore
+        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)
 
     @property
     def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.seq_len  # pyright: ignore
+        return self.sequences_per_step * self.config.seq_len
+
+    def settled_config(self, steps_done: int) -> ResolvedConfig:
+        """The settings as they turned out so far: whether ranks copy from each other's memory is known once the model
+        is built, whether its passes are captured after the step that does so.
+        """
+        copies = self.trainable.shared_bytes is not None
+        captures = self.config.captures_graphs(self.device.world_size, copies)
+        if steps_done > EAGER_STEPS:
+            captures = captures and self.trainable.replayed_bytes > 0
+        turned_out = {"peer_copies": copies, "cuda_graph": captures}
+        return dataclasses.replace(
+            self.config, **{name: "on" if value else "off" for name, value in turned_out.items()}
+        )
 
     def header(self) -> dict:
         """What a reader of the log must know, for the sinks."""
-        config, world_size = self.config, self.device.world_size
-        peer_copies, job = self.trainable.shared_bytes is not None, read_job()
+        config, world_size, job = self.settled_config(0), self.device.world_size, read_job()
         return {
             "model": config.model_type,
             **{name: getattr(self.shape, name) for name in ("layers", "hidden", "heads")},
@@ -86,8 +99,8 @@ class Session:
             "precision": config.precision,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
-            "cuda_graph": wants_graph(config, self.device.type, world_size, peer_copies),
-            "peer_copies": peer_copies,
+            "cuda_graph": config.cuda_graph == "on",
+            "peer_copies": config.peer_copies == "on",
             "device": self.device.type,
             "device_name": self.device.name,
             "peak_tflops_per_device": None if self.peak_flops is None else self.peak_flops / 1e12,
@@ -99,7 +112,7 @@ def _place_lines(session: Session) -> list[str]:
     return [f"rank {r}: dp {at.data}, tp {at.tensor}, pp {at.pipeline}" for r, at in enumerate(places)]
 
 
-def build_session(config: TrainConfig, device: Device) -> Session:
+def build_session(config: ResolvedConfig, device: Device) -> Session:
     """Build and wrap the model (collective). ``config`` is resolved and checked."""
     plan = PLANS[config.distplan]
     trainable = plan.build(config, device)
@@ -116,8 +129,8 @@ def batches(session: Session) -> Iterator[torch.Tensor]:
     """
     config = session.config
     return random_tokens(
-        batch_size=config.batch_size,  # pyright: ignore
-        seq_len=config.seq_len,  # pyright: ignore
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
         vocab=session.shape.vocab,
         seed=config.seed,
         data_parallel_rank=session.place(session.device.rank).data,
@@ -125,7 +138,7 @@ def batches(session: Session) -> Iterator[torch.Tensor]:
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: ResolvedConfig, step: int) -> float:
     """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a
     cosine down to a tenth.
     """
@@ -275,10 +288,10 @@ def _record(
 
 def _flops_per_token(session: Session) -> tuple[float, float]:
     config = session.config
-    model = metrics.model_flops_per_token(session.shape, config.seq_len)  # pyright: ignore
+    model = metrics.model_flops_per_token(session.shape, config.seq_len)
     hardware = metrics.hardware_flops_per_token(
         session.shape,
-        config.seq_len,  # pyright: ignore
+        config.seq_len,
         recompute=config.activation_checkpointing,
         attention=config.attention,
         dropout=config.dropout,

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.data.random_tokens import random_tokens
 from commons.distributed.device import compute_dtype
 from commons.lifecycle.outcome import FINISHED, Ended
@@ -76,13 +76,13 @@ class Parity:
         return self.loss <= self.bound.loss and self.grad_norm <= self.bound.grad_norm
 
 
-def with_known_norms(config: TrainConfig) -> TrainConfig:
+def with_known_norms(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration to train with under ``--check_parity``: every plan tells its gradient norm."""
     return config if config.clip_grad_norm > 0 else dataclasses.replace(config, clip_grad_norm=NO_CLIP)
 
 
 def reference_steps(
-    config: TrainConfig, data_parallel_size: int, device: torch.device, skipped: frozenset[int] = frozenset()
+    config: ResolvedConfig, data_parallel_size: int, device: torch.device, skipped: frozenset[int] = frozenset()
 ) -> tuple[list[ReferenceStep], nn.Module]:
     """Train ``config`` in this process alone, in fp32.
 
@@ -102,8 +102,8 @@ def reference_steps(
     )
     streams = [
         random_tokens(
-            batch_size=config.batch_size,  # pyright: ignore
-            seq_len=config.seq_len,  # pyright: ignore
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
             vocab=config.shape().vocab,
             seed=config.seed,
             data_parallel_rank=rank,
@@ -131,7 +131,7 @@ def reference_steps(
     return steps, model
 
 
-def compare(config: TrainConfig, records: Sequence[StepRecord], reference: Sequence[ReferenceStep]) -> Parity:
+def compare(config: ResolvedConfig, records: Sequence[StepRecord], reference: Sequence[ReferenceStep]) -> Parity:
     """Set a run's steps against the reference's. A step that fp16 skipped has a loss but no gradient norm."""
     losses = [_relative(ran.loss, ref.loss) for ran, ref in zip(records, reference, strict=True)]
     norms = [

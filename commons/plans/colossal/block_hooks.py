@@ -25,8 +25,7 @@ from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from torch import nn
 
-from commons.config.auto import wants_compile
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.lifecycle.notices import say
 from commons.model.compile import CompiledFunction, announced, functions_for
 from commons.model.cuda_graph import join
@@ -408,7 +407,7 @@ def _let_the_host_run_ahead(stream: Any) -> None:
     stream.synchronize = lambda: join(stream, _accelerator().current_stream())
 
 
-def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> BlockHooks | None:
+def run_by_blocks(gemini: GeminiDDP, config: ResolvedConfig, device_type: str) -> BlockHooks | None:
     """Install block hooks, compiled or not, as ``config`` asks; says so where that cannot be.
 
     Returns:
@@ -420,7 +419,7 @@ def run_by_blocks(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> B
         say("tensor parallelism communicates inside of blocks: Gemini runs with a hook an operation, uncompiled")
         return None
     hooks = install_block_hooks(gemini, functions_for(config, device_type))
-    if wants_compile(config, device_type):
+    if config.compile == "on":
         with announced("the model's blocks, embedding and loss"), attention_backend(config.attention):
-            hooks.warm_up(config.batch_size, config.seq_len)  # pyright: ignore[reportArgumentType]
+            hooks.warm_up(config.batch_size, config.seq_len)
     return hooks

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from commons.config.auto import EAGER_STEPS, wants_compile, wants_functions, wants_graph
-from commons.config.schema import TrainConfig
+from commons.config.auto import EAGER_STEPS
+from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device, compute_dtype
 from commons.distributed.layout import Place, check_mesh
 from commons.distributed.peer_copies import find_peers
@@ -130,7 +130,7 @@ class GraphedTrainable(BoostedTrainable):
             join(manager.chunk_manager._prefetch_stream, torch.cuda.current_stream())
 
 
-def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
+def build_gemini(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     """Wrap the model with GeminiPlugin (collective)."""
     prepare(device.type)
     from colossalai.booster.plugin import GeminiPlugin
@@ -148,7 +148,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
         # a rank alone has its chunks already
-        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,  # pyright: ignore
+        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,
@@ -156,7 +156,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
             config.shape(),
             zero_size=device.world_size // config.tp_degree,
             tp_degree=config.tp_degree,
-            blocks=config.blocks_per_chunk,  # pyright: ignore[reportArgumentType]
+            blocks=config.blocks_per_chunk,
         ),
         tp_size=config.tp_degree,
     )
@@ -169,18 +169,18 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
     peers = find_peers(config, device)
-    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
+    graphed = config.captures_graphs(device.world_size, peers is not None)
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
     if peers is not None:
         gemini: Any = trainable.model
         trainable.shared_bytes = share_parts(gemini, peers, replicated=placement["shard_param_frac"] == 0).shared_bytes
-    update_by_chunks(trainable.optimizer, trainable.adam, compiled=wants_compile(config, device.type))
+    update_by_chunks(trainable.optimizer, trainable.adam, compiled=config.compile == "on")
     run_by_blocks(trainable.model, config, device.type)  # pyright: ignore[reportArgumentType]
     return trainable
 
 
-def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:
+def build_zero(config: ResolvedConfig, device: Device, stage: int) -> BoostedTrainable:
     """Wrap the model with LowLevelZeroPlugin of ``stage`` 1 or 2 (collective)."""
     prepare(device.type)
     from colossalai.booster.plugin import LowLevelZeroPlugin
@@ -192,12 +192,12 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
         initial_scale=config.initial_loss_scale,
     )
     model = new_model(config, device, lazy=False)
-    if wants_functions(config, device.type):
+    if config.runs_as_functions:
         run_as_functions(model, functions_for(config, device.type))
     return boost(plugin, model, config, no_sync=stage == 1)
 
 
-def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
+def new_model(config: ResolvedConfig, device: Device, *, lazy: bool) -> nn.Module:
     """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter
     into chunks.
     """
@@ -218,7 +218,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
 def boost(
     plugin: Any,
     model: nn.Module,
-    config: TrainConfig,
+    config: ResolvedConfig,
     *,
     no_sync: bool,
     trainable: type[BoostedTrainable] = BoostedTrainable,
