@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import sysconfig
@@ -70,6 +71,11 @@ def test_plain_python_trains(tmp_path: Path) -> None:
     returncode, console = run_processes([sys.executable, SCRIPT, *flags, "--run_name", "plain"])
     assert returncode == 0, console
     assert (tmp_path / "plain" / "console.log").read_text().strip().splitlines()[0].startswith("model")
+    settings = json.loads((tmp_path / "plain" / "config.json").read_text())
+    chosen = settings.pop("chosen")
+    assert [name for name, value in settings.items() if value in (None, "auto")] == [], "every setting is decided"
+    assert "batch_size" in chosen and not {"train_step", "warmup_step", "device", "run_name"} & set(chosen)
+    assert settings == {**settings, "compile": "off", "cuda_graph": "off", "peer_copies": "off", "batch_size": 4}
 
 
 OLD_EXAMPLE = ["--tp_degree=2", "--placement=auto", "--shardinit", "--distplan=CAI_Gemini", "--train_step=4"]

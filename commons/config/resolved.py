@@ -44,7 +44,7 @@ class ResolvedConfig(TrainConfig):
     graphs) is replaced in it where it is found: see commons.training.loop.Session.settled_config().
 
     Attributes:
-        chosen: names of the settings that the user left open.
+        chosen: names of the settings that the user left open, in the order of --help.
     """
 
     model_type: str = _decided()
@@ -67,7 +67,7 @@ class ResolvedConfig(TrainConfig):
     compile: Literal["on", "off"] = _decided()
     cuda_graph: Literal["on", "off"] = _decided()
     run_name: str = _decided()
-    chosen: frozenset[str] = frozenset()
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         left = [name for name, value in self.as_dict().items() if _is_open(name, value)]
@@ -134,7 +134,7 @@ def resolve(given: TrainConfig, where: Where) -> ResolvedConfig:
         config = TrainConfig(**{**_values(config), **choices})
     # a shell leaves the ~ in --log_dir=~/logs as it is
     values = {**_values(config), "log_dir": str(Path(given.log_dir).expanduser())}
-    return ResolvedConfig(**values, chosen=frozenset(chosen))
+    return ResolvedConfig(**values, chosen=tuple(name for name in given.as_dict() if name in chosen))
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
