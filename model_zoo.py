@@ -8,12 +8,12 @@ torch and transformers are imported where they are used: reading the table takes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from commons.ops.activation_checkpointing import MODES, checkpoint_arguments
-from commons.ops.cross_entropy import IGNORED_LABEL
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ def _transformers_config(shape: ModelShape, attention: str, dropout: float):
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if shape.hidden % shape.heads:
-        nearest = min(_divisors(shape.hidden), key=lambda heads: abs(heads - shape.heads))
+        nearest = min(divisors(shape.hidden), key=lambda heads: abs(heads - shape.heads))
         raise ValueError(f"{shape.heads} heads do not divide the hidden size {shape.hidden}; {nearest} heads would")
     # 50256 in GPT-2's own vocabulary, which is transformers' default and out of a smaller one
     end_of_text = shape.vocab - 1
@@ -186,8 +186,10 @@ def _transformers_config(shape: ModelShape, attention: str, dropout: float):
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
 
 
 def next_token_loss(
@@ -212,6 +214,8 @@ def next_token_loss(
     """
     import torch
     from torch.nn import functional
+
+    from commons.ops.cross_entropy import IGNORED_LABEL
 
     if labels.shape[-1] < 2:
         raise ValueError("a sequence of one token has no next token to predict; seq_len must be at least 2")

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 
 from commons.cli.flags import read_config
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.distributed import process_group
 from commons.distributed.device import Device
 from commons.doctor import explain_uncaught
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
         guard.beat("join")
         guard.timeout_seconds = config.timeout
         here = process_group.launch(config.device, group_timeout_seconds(config.timeout))
-        name = process_group.first_rank_s(config.named(here.world_size).run_dir.name)
+        name = process_group.first_rank_s(config.run_name)
         train(dataclasses.replace(config, run_name=name), here, guard)
         guard.leave()
 
 
-def train(config: TrainConfig, here: Device, guard: Guard) -> None:
+def train(config: ResolvedConfig, here: Device, guard: Guard) -> None:
     """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
     from commons.training.loop import train_steps
     from commons.training.parity import check_parity, with_known_norms
@@ -46,9 +46,10 @@ def train(config: TrainConfig, here: Device, guard: Guard) -> None:
         config = with_known_norms(config)
     guard.beat("build")
     session = build_session(config, here)
-    with open_log(config, session.header(), guard) as log:
+    with open_log(session.settled_config(0), session.header(), guard) as log:
         for record in train_steps(session, guard):
             log.add(record)
+            log.settle(session.settled_config(record.step))
         log.finish(guard.ended)
     if config.check_parity and guard.finished:
         guard.ended = check_parity(session, log.records)

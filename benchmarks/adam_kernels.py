@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from commons.cli.flags import read_config
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.distributed import process_group
 from commons.lifecycle import leaving
 from commons.reporting.environment import describe_environment
@@ -99,7 +99,7 @@ def upstream_adam() -> Callable:
     return update
 
 
-def report(out: Path, config: TrainConfig, times: dict, meters: dict[str, Meter], environment: dict) -> None:
+def report(out: Path, config: ResolvedConfig, times: dict, meters: dict[str, Meter], environment: dict) -> None:
     """Write the JSON and print its heart."""
     kernels = {
         name: {

@@ -32,6 +32,7 @@ from torch import nn
 
 from benchmarks.parity_cases import POISONED_STEP, Case
 from commons.cli.flags import read_config
+from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.distributed import device, process_group
 from commons.lifecycle import leaving
@@ -111,7 +112,7 @@ class Worker:
             shutil.copy(self.scratch / OPTIMIZER_FILE, folder / f"{number}.optimizer.pt")
 
     def _against_reference(
-        self, config: TrainConfig, records: list[StepRecord], weights: dict[str, torch.Tensor] | None
+        self, config: ResolvedConfig, records: list[StepRecord], weights: dict[str, torch.Tensor] | None
     ) -> dict[str, Any]:
         skipped = parity.skipped_steps(records)
         ranks = config.data_parallel_size(self.here.world_size)
@@ -133,7 +134,7 @@ class Worker:
 
 @functools.cache
 def reference(
-    config: TrainConfig, ranks: int, on: torch.device, skipped: frozenset[int]
+    config: ResolvedConfig, ranks: int, on: torch.device, skipped: frozenset[int]
 ) -> tuple[list[parity.ReferenceStep], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Steps, initial and final parameters; ``config`` with what the reference does not read left at its
     default.
@@ -143,7 +144,7 @@ def reference(
     return steps, *({name: p.detach().cpu() for name, p in m.named_parameters()} for m in (start, model))  # pyright: ignore
 
 
-def _reference_key(config: TrainConfig) -> TrainConfig:
+def _reference_key(config: ResolvedConfig) -> ResolvedConfig:
     names = (
         "precision",
         "batch_size",
@@ -158,7 +159,7 @@ def _reference_key(config: TrainConfig) -> TrainConfig:
         "num_heads",
         "device",
     )
-    return TrainConfig(**{name: getattr(config, name) for name in names}).resolve(config.device)
+    return TrainConfig(**{name: getattr(config, name) for name in names}, run_name="reference").resolve(config.device)
 
 
 def double_the_scale_every_step(session: Session) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from benchmarks.parity_worker import replica_difference
 from commons.cli.flags import read_config
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.data.random_tokens import random_tokens
 from commons.distributed import device, process_group
 from commons.distributed.layout import Place
@@ -46,7 +46,7 @@ COMMON = "--model_type gpt2_tiny --batch_size 4 --seq_len 64 --train_step 5 --wa
 class Dice:
     """The host's generator as each copy of the model and each pipeline stage has it, in one process."""
 
-    def __init__(self, config: TrainConfig, copies: int) -> None:
+    def __init__(self, config: ResolvedConfig, copies: int) -> None:
         self.copy = 0
         self._states: dict[tuple[int, int], torch.Tensor] = {}
         for copy in range(copies):
@@ -82,7 +82,7 @@ class ReplayedDropout(nn.Module):
             return torch.cat(slices, self._dim)
 
 
-def replay(model: Any, config: TrainConfig, dice: Dice) -> None:
+def replay(model: Any, config: ResolvedConfig, dice: Dice) -> None:
     """Take ReplayedDropout for every dropout of a ``GPT2LMHeadModel``."""
     tp = config.tp_degree
     pieces = tp if config.sequence_parallel == "on" else 1
@@ -99,7 +99,7 @@ def replay(model: Any, config: TrainConfig, dice: Dice) -> None:
         block.mlp.dropout = dropout(stage, 1, pieces)
 
 
-def reference(config: TrainConfig, copies: int) -> dict[str, list[float]]:
+def reference(config: ResolvedConfig, copies: int) -> dict[str, list[float]]:
     """Losses and gradient norms of one fp32 process."""
     model = build_model(config.shape(), attention="eager", dropout=config.dropout)
     seeded_init_(model, config.seed, torch.device("cpu"), device.compute_dtype(config.base_precision))

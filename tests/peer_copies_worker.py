@@ -170,7 +170,7 @@ def check_files(here: device.Device) -> None:
         assert sum(str(folder) in line for line in shared_files()) >= here.world_size
         if here.rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
-        find_peers(TrainConfig(peer_copies="on"), here)
+        find_peers(TrainConfig(peer_copies="on").resolve("cpu", here.world_size), here)
         raise AssertionError("there was room after all")
     except RunError as error:
         assert "do not reach each other" in str(error) and "use --peer_copies off" in str(error), error

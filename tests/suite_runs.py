@@ -49,6 +49,10 @@ def clean_environment(**changes: str) -> dict[str, str]:
     dropped = (
         "RANK",
         "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "SLURM_",
+        "OMPI_",
+        "PMI",
         "WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",

@@ -15,7 +15,7 @@ from typing import get_type_hints
 
 import pytest
 
-from commons.cli import checks
+from commons.cli import output
 from commons.cli.checks import problems
 from commons.cli.flags import read_value
 from commons.config.schema import TrainConfig
@@ -97,7 +97,7 @@ def ways_out(problem: str) -> Iterator[dict[str, str | None]]:
     """The changes that a problem's text names: one dictionary for each alternative and, in it, each listed value."""
     told, advice = problem.rsplit(": ", 1)
     for alternative in re.split(r", or ", advice):
-        if "leave it out" in alternative:
+        if "remove it" in alternative:
             yield {told.split()[0].removeprefix("--"): None}
         found = VALUES.findall(alternative)
         names = [flag.strip("- =") for flag, _ in found]
@@ -109,7 +109,7 @@ def ways_out(problem: str) -> Iterator[dict[str, str | None]]:
     ("text", "expected"),
     [
         ("--a 1 is x: use --a 2, 3 or 4, or --b 5", [{"a": "2"}, {"a": "3"}, {"a": "4"}, {"b": "5"}]),
-        ("--a 1 is x: leave it out, or use --b on", [{"a": None}, {"b": "on"}]),
+        ("--a 1 is x: remove it, or use --b on", [{"a": None}, {"b": "on"}]),
         ("--a 9 is x: use --a 8 or less", [{"a": "8"}]),
         (
             "--a 1 is x: start 8 ranks (GPUNUM=8 on one machine), or use --b 1 --c 2",
@@ -202,7 +202,7 @@ SPACES: dict[str, Callable[[], Iterator[Attempt]]] = {
 @pytest.mark.parametrize("space", SPACES)
 def test_all_advice_about_a_layout_is_accepted(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends its problem and makes no other: what is the only problem is gone for good."""
-    monkeypatch.setattr(checks, "_folder_problem", lambda folder: [])  # tries the disk
+    monkeypatch.setattr(output, "folder_problem", lambda folder: [])  # tries the disk
     judged = functools.cache(Attempt.problems)
     tried = 0
     for attempt in SPACES[space]():

@@ -15,7 +15,7 @@ import pytest
 import suite_runs
 import torch
 
-from commons.config import auto
+from commons.config import auto, resolved
 from commons.config.schema import TrainConfig
 from commons.model import compile as compiling
 from commons.model.gpt2 import gpt2_functions
@@ -130,15 +130,21 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(capsys):
     assert capsys.readouterr().err.count("not compiled: branching") == 1
 
 
+def compiled(device_type, **settings):
+    return TrainConfig(**settings).resolve(device_type).compile
+
+
 def test_auto_compiles_on_gpus_that_can(monkeypatch):
-    config = TrainConfig()
-    monkeypatch.setattr(auto, "compile_problem", lambda device_type: None)
-    assert auto.wants_compile(config, "cuda") and not compiling.wants_compile(config, "cpu")
-    assert not auto.wants_compile(TrainConfig(tp_degree=2), "cuda")
-    assert auto.wants_compile(TrainConfig(compile="on"), "cpu")
-    assert not auto.wants_compile(TrainConfig(compile="off"), "cuda")
-    monkeypatch.setattr(auto, "compile_problem", lambda device_type: "no compiler")
-    assert not auto.wants_compile(config, "cuda")
+    monkeypatch.setattr(resolved, "compile_problem", lambda device_type: None)
+    assert compiled("cuda") == "on" and compiled("cpu") == "off"
+    assert compiled("cuda", tp_degree=2) == "off"
+    assert compiled("cpu", compile="on") == "on"
+    assert compiled("cuda", compile="off") == "off"
+    # what these do not compile is not said to be
+    assert compiled("cuda", distplan="CAI_Hybrid") == "off" and compiled("cuda", gemini_hooks="operation") == "off"
+    assert compiled("cuda", distplan="Pytorch_DDP", gemini_hooks="operation") == "on"
+    monkeypatch.setattr(resolved, "compile_problem", lambda device_type: "no compiler")
+    assert compiled("cuda") == "off"
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from commons.cli import flags as cli
-from commons.cli.checks import LIMITS, READ_UNDER, problems, working_head_counts
-from commons.config.schema import DEVICE_DEFAULTS, FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
+from commons.cli.checks import READ_UNDER, problems
+from commons.cli.layout import working_head_counts
+from commons.cli.limits import LIMITS
+from commons.config.resolved import DEVICE_DEFAULTS, ResolvedConfig
+from commons.config.schema import FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
 from commons.plans.registry import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
 
@@ -35,7 +39,7 @@ def found(*, world_size: Any = 1, device: Any = "cpu", gpu_count: Any = 0, plan:
     return "\n".join(problems(TrainConfig(**settings), world_size, device, gpu_count, plan))
 
 
-def read(*argv: str) -> tuple[TrainConfig, str]:
+def read(*argv: str) -> tuple[ResolvedConfig, str]:
     config, lines = cli.judge(cli.read_flags(argv), 1, 1)
     return config, "\n".join(lines)
 
@@ -54,8 +58,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults_are_complete_and_without_problems(device: str, plan: str) -> None:
     given = TrainConfig(distplan=plan)
     config = given.resolve(device)
-    unset = [name for name, value in config.as_dict().items() if value is None]
-    assert unset == ["run_name"]
+    unset = [name for name, value in config.as_dict().items() if value is None or value == "auto"]
+    assert unset == []
     assert problems(given, 1, device, 1, PLANS[plan]) == []
     assert config.resolve(device) == config
 
@@ -73,12 +77,68 @@ def test_every_number_has_a_limit_that_allows_its_default_and_its_suggestion() -
             assert LIMITS[name].allows(LIMITS[name].works), name
 
 
+NUMBERS = {name for name, hint in get_type_hints(TrainConfig).items() if {int, float} & {hint, *get_args(hint)}}
+
+
+def test_every_number_has_both_ends() -> None:
+    """From the table: what is allowed at an end is, what lies beyond is told with the end."""
+    assert set(LIMITS) == NUMBERS
+    for name, limit in LIMITS.items():
+        upper = limit.high if limit.high is not None else limit.below
+        assert upper is not None and limit.allows(upper) == (limit.high is not None), name
+        read_under = dict([READ_UNDER[name]] if name in READ_UNDER else [])
+        assert f"--{name} must be {limit}, got " in found(**{name: upper + 1}, **read_under), name
+
+
+def test_a_timeout_without_an_end_is_told_with_the_limit() -> None:
+    assert "--timeout must be above 0 and at most 1000000, got 1e+10: try" in read("--timeout", "1e10")[1]
+
+
+def test_nothing_is_left_open() -> None:
+    with pytest.raises(AssertionError, match="not decided"):
+        dataclasses.replace(TrainConfig().resolve("cpu"), compile="auto")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="has to be given"):
+        ResolvedConfig()
+    config = TrainConfig(lr=0.1, cuda_graph="off").resolve("cpu")
+    assert not config.asked("batch_size") and not config.asked("compile")
+    assert config.asked("lr") and config.asked("cuda_graph")
+
+
+GIVE_WAY = [
+    ("--train_step 1", {"train_step": 1, "warmup_step": 0}),
+    ("--train_step 2", {"train_step": 2, "warmup_step": 1}),
+    ("--warmup_step 20", {"train_step": 30, "warmup_step": 20}),
+    ("--warmup_step 9", {"train_step": 10, "warmup_step": 9}),
+    ("--trace_step 15", {"train_step": 15}),
+    ("--lr_warmup_step 40", {"train_step": 40}),
+    ("--lr_warmup_step 40 --warmup_step 50", {"train_step": 60}),
+    ("--offload_param_frac 0.5", {"offload_optim_frac": 1.0, "shard_param_frac": 1.0}),
+    ("--distplan CAI_Hybrid --pp_degree 4 --num_layers 8", {"batch_size": 4, "num_microbatches": 4}),
+    ("--distplan CAI_Hybrid --pp_degree 8 --num_layers 8", {"batch_size": 8, "num_microbatches": 8}),
+    ("--distplan CAI_Hybrid --pp_degree 2 --num_microbatches 3", {"batch_size": 6}),
+    ("--distplan CAI_Hybrid --pp_degree 3 --num_model_chunks 2 --num_layers 6", {"batch_size": 6}),
+    ("--distplan CAI_Hybrid --tp_degree 2 --sequence_parallel on --num_heads 4", {"seq_len": 64}),
+    ("--hidden_size 96 --num_layers 1", {"num_heads": 4}),
+    ("--model_type gpt2_small --hidden_size 80", {"num_heads": 5}),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), GIVE_WAY)
+def test_defaults_give_way_to_what_was_asked_for(flags: str, expected: dict[str, Any]) -> None:
+    """None of them is refused for the sake of a default that the user never typed."""
+    line = cli.read_flags(flags.split())
+    ranks = line.config().model_parallel_size
+    config, wrong = cli.judge(line, ranks, ranks)
+    assert wrong == []
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 def test_default_sequence_fits_the_model() -> None:
     assert TrainConfig(model_type="gpt2_tiny").resolve("cuda").seq_len == MODEL_SIZES["gpt2_tiny"].positions
 
 
 def test_shape_takes_the_overrides() -> None:
-    shape = TrainConfig(model_type="gpt2_small", num_layers=2, hidden_size=96, num_heads=3).shape()
+    shape = TrainConfig(model_type="gpt2_small", num_layers=2, hidden_size=96, num_heads=3).resolve("cpu").shape()
     assert (shape.layers, shape.hidden, shape.heads) == (2, 96, 3)
     assert shape.vocab == MODEL_SIZES["gpt2_small"].vocab
     assert TrainConfig().resolve("cpu").shape() == MODEL_SIZES["gpt2_tiny"]
@@ -106,9 +166,10 @@ def test_fractions_given_with_static_are_kept() -> None:
 
 
 def test_in_fp32_the_default_is_to_shard_nothing() -> None:
-    stages = {name: TrainConfig(precision=name).resolve("cpu").zero_stage for name in ALL_PRECISIONS}  # pyright: ignore
+    stages = {name: TrainConfig(precision=name).resolve("cpu", 2).zero_stage for name in ALL_PRECISIONS}  # pyright: ignore
     assert stages == {"bf16": 1, "fp16": 1, "fp32": 0, "fp8": 1}
-    assert TrainConfig(precision="fp32", zero_stage=1).resolve("cpu").zero_stage == 1
+    assert TrainConfig(precision="fp32", zero_stage=1).resolve("cpu", 2).zero_stage == 1
+    assert TrainConfig().resolve("cpu", 1).zero_stage == 0, "one data-parallel rank has nobody to shard over"
 
 
 @pytest.mark.parametrize(("pp", "batch", "expected"), [(1, 4, 1), (2, 4, 2), (2, 5, 5), (4, 8, 4)])
@@ -177,7 +238,7 @@ def test_what_cannot_be_read_is_told(argv: list[str], message: str) -> None:
 
 def test_unreadable_values_count_as_not_given() -> None:
     config, _ = read("--train_step", "x", "--lr", "0.5")
-    assert (config.train_step, config.lr) == (TrainConfig().train_step, 0.5)
+    assert (config.train_step, config.lr) == (TrainConfig().resolve("cpu").train_step, 0.5)
 
 
 # ---- checks
@@ -204,9 +265,9 @@ def test_every_limit_is_enforced_and_suggests_what_works(name: str) -> None:
 
 
 WRONG = [
-    ({"train_step": 2}, "--train_step must exceed --warmup_step (2), got 2: try --train_step 12"),
+    ({"train_step": 2, "warmup_step": 2}, "--train_step must exceed --warmup_step (2), got 2: try --train_step 12"),
     ({"train_step": 1, "warmup_step": 1}, "--warmup_step 0"),
-    ({"lr_warmup_step": 11}, "--lr_warmup_step 11 would not end"),
+    ({"lr_warmup_step": 11, "train_step": 10}, "--lr_warmup_step 11 would not end"),
     ({"seq_len": 129}, "--seq_len 129 exceeds the 128 positions of gpt2_tiny: use --seq_len 128"),
     (
         {"num_heads": 5},
@@ -217,12 +278,12 @@ WRONG = [
     ({"tp_degree": 3, "world_size": 3}, "--tp_degree 3 does not divide the padded vocabulary of 1024"),
     (
         {"tp_degree": 2, "world_size": 3},
-        "= 2 ranks hold one copy of the model, and 3 ranks cannot be shared out",
+        "world size 3 is not divisible by --tp_degree 2 x --pp_degree 1 = 2",
     ),
     ({"tp_degree": 2, "pp_degree": 2, "world_size": 2}, "start 4 ranks (GPUNUM=4"),
     ({"pp_degree": 8, "batch_size": 8, "world_size": 8}, "gpt2_tiny has 4 layers: use --pp_degree 4"),
     (
-        {"pp_degree": 2, "num_microbatches": 3, "world_size": 2},
+        {"pp_degree": 2, "num_microbatches": 3, "batch_size": 4, "world_size": 2},
         "--num_microbatches 3 does not divide --batch_size 4",
     ),
     ({"pp_degree": 4, "num_microbatches": 2, "world_size": 4}, "must be at least --pp_degree 4"),
@@ -231,8 +292,8 @@ WRONG = [
         "must be a multiple of --pp_degree 2",
     ),
     ({"num_model_chunks": 2}, "--num_model_chunks 2 needs a pipeline"),
-    ({"num_microbatches": 4}, "--num_microbatches 4 needs a pipeline: leave it out"),
-    ({"num_microbatches": 4, "world_size": 2}, "leave it out, or use --pp_degree 2"),
+    ({"num_microbatches": 4}, "--num_microbatches 4 needs a pipeline: remove it"),
+    ({"num_microbatches": 4, "world_size": 2}, "remove it, or use --pp_degree 2"),
     ({"pp_degree": 2, "zero_stage": 2, "world_size": 2}, "use --zero_stage 1 or 0"),
     ({"pp_degree": 2, "zero_stage": 2, "world_size": 4, "precision": "fp32"}, "above 1: use --zero_stage 0"),
     ({"placement": "auto", "warmup_non_model_data_ratio": 1.0}, "must be at least 0 and below 1, got 1"),
@@ -242,7 +303,7 @@ WRONG = [
     ({"precision": "fp8"}, "--precision fp8 needs a GPU"),
     ({"precision": "fp8", "gemini_hooks": "operation"}, "--precision fp8 takes whole blocks"),
     ({"precision": "fp8", "batch_size": 1, "seq_len": 24}, "--batch_size x --seq_len that is a multiple of 16"),
-    ({"trace_step": 11}, "--trace_step 11 is never reached"),
+    ({"trace_step": 11, "train_step": 10}, "--trace_step 11 is never reached"),
     ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without chance: use --dropout 0"),
     (
         {"precision": "fp32", "zero_stage": 1, "world_size": 2},
@@ -252,7 +313,7 @@ WRONG = [
         {"sequence_parallel": "on", "tp_degree": 2, "seq_len": 63, "world_size": 2},
         "do not divide --seq_len 63: use --seq_len 62",
     ),
-    ({"offload_param_frac": 0.5}, "--offload_param_frac 0.5 would be ignored"),
+    ({"offload_param_frac": 0.5, "offload_optim_frac": 0.0}, "--offload_param_frac 0.5 would be ignored"),
     ({"offload_param_frac": 0.5, "shard_param_frac": 0.5, "offload_optim_frac": 1.0}, "would be ignored"),
     (
         {"placement": "cuda", "offload_optim_frac": 0.5},
@@ -260,7 +321,7 @@ WRONG = [
     ),
     ({"placement": "auto", "shard_param_frac": 0.5}, "contradicts --placement auto, which has none"),
     ({"warmup_non_model_data_ratio": 0.5}, "is read under --placement auto only"),
-    ({"initial_loss_scale": 1024.0}, "is read under --precision fp16 only: leave it out, or use --precision"),
+    ({"initial_loss_scale": 1024.0}, "is read under --precision fp16 only: remove it, or use --precision"),
     ({"attention": "flash", "dropout": 0.1}, "--attention flash has no dropout on a CPU"),
     ({"attention": "flash", "precision": "fp32", "device": "cuda", "gpu_count": 1}, "no fp32 on a GPU"),
     ({"device": "cuda"}, "--device cuda needs a GPU, and none is seen ("),
@@ -327,16 +388,16 @@ def test_settings_that_a_plan_does_not_have_are_told_once(settings: dict, flag: 
     simple = dataclasses.replace(ABLE, name="Simple", placement=False, tensor_parallel=False, pipeline=False)
     lines = found(plan=simple, **settings).splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"{flag} means nothing to Simple: leave it out")
+    assert lines[0].startswith(f"{flag} has no effect with Simple: remove it")
 
 
 TYPED = [
-    ("--distplan Pytorch_DDP --placement static", "--placement static means nothing to Pytorch_DDP"),
-    ("--distplan CAI_ZeRO1 --zero_stage 1", "--zero_stage 1 means nothing to CAI_ZeRO1"),
-    ("--distplan CAI_Gemini --num_microbatches 3", "--num_microbatches 3 means nothing to CAI_Gemini"),
-    ("--distplan Pytorch_DDP --tp_degree 3", "--tp_degree 3 means nothing to Pytorch_DDP"),
-    ("--distplan Pytorch_DDP --gemini_hooks block", "--gemini_hooks block means nothing to Pytorch_DDP"),
-    ("--distplan Pytorch_DDP --peer_copies off", "--peer_copies off means nothing to Pytorch_DDP"),
+    ("--distplan Pytorch_DDP --placement static", "--placement static has no effect with Pytorch_DDP"),
+    ("--distplan CAI_ZeRO1 --zero_stage 1", "--zero_stage 1 has no effect with CAI_ZeRO1"),
+    ("--distplan CAI_Gemini --num_microbatches 3", "--num_microbatches 3 has no effect with CAI_Gemini"),
+    ("--distplan Pytorch_DDP --tp_degree 3", "--tp_degree 3 has no effect with Pytorch_DDP"),
+    ("--distplan Pytorch_DDP --gemini_hooks block", "--gemini_hooks block has no effect with Pytorch_DDP"),
+    ("--distplan Pytorch_DDP --peer_copies off", "--peer_copies off has no effect with Pytorch_DDP"),
     ("--placement auto --shard_param_frac 1", "--shard_param_frac 1 contradicts --placement auto, which has none"),
     ("--warmup_non_model_data_ratio 0.8", "--warmup_non_model_data_ratio is read under --placement auto only"),
     ("--initial_loss_scale 65536", "--initial_loss_scale is read under --precision fp16 only"),
@@ -413,7 +474,7 @@ def test_log_dir_is_judged_without_making_it(tmp_path: Path) -> None:
 # ---- as the user sees it
 
 MANY_MISTAKES = [
-    "--distplan=CAI_Gemni", "--model_type=gpt2_tinny", "--train_step=1", "--batch_size=0", "--lr=nan",
+    "--distplan=CAI_Gemni", "--model_type=gpt2_tinny", "--train_step=0", "--batch_size=0", "--lr=nan",
     "--precision=int8", "--seq_len=many", "--device=cuda", "--run_name=../out", "--log_dir=logs", "--wat",
 ]  # fmt: skip
 
@@ -448,7 +509,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_made(tmp_path: Path) -> No
     assert done.stderr.startswith(f"{len(MANY_MISTAKES) - 1} problems with the settings")  # log_dir is right
     for flag in MANY_MISTAKES:
         name = flag.split("=")[0]
-        assert name == "--log_dir" or sum(line.startswith(f"  - {name} ") for line in done.stderr.splitlines()) == 1
+        assert name == "--log_dir" or len(re.findall(rf"^  - (?:unknown flag )?{name}[ :]", done.stderr, re.M)) == 1
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
     assert children_cpu_seconds() - start < 10

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ WRONG = [
     "--model_type",
     "gpt2_medum",
     "--train_step",
-    "1",
+    "0",
     "--lr",
     "nan",
     "--tp-degree",
@@ -69,6 +71,65 @@ def test_plain_python_trains(tmp_path: Path) -> None:
     returncode, console = run_processes([sys.executable, SCRIPT, *flags, "--run_name", "plain"])
     assert returncode == 0, console
     assert (tmp_path / "plain" / "console.log").read_text().strip().splitlines()[0].startswith("model")
+    settings = json.loads((tmp_path / "plain" / "config.json").read_text())
+    chosen = settings.pop("chosen")
+    assert [name for name, value in settings.items() if value in (None, "auto")] == [], "every setting is decided"
+    assert "batch_size" in chosen and not {"train_step", "warmup_step", "device", "run_name"} & set(chosen)
+    assert settings == {**settings, "compile": "off", "cuda_graph": "off", "peer_copies": "off", "batch_size": 4}
+
+
+OLD_EXAMPLE = ["--tp_degree=2", "--placement=auto", "--shardinit", "--distplan=CAI_Gemini", "--train_step=4"]
+SMALL = ["--device=cpu", "--num_layers=1"]
+IGNORED = "warning: --shardinit has no effect any more and is ignored"
+
+
+def test_both_entry_points_speak_one_language(tmp_path: Path) -> None:
+    """Flags as people's scripts around the old example have them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for name, command, variables in (
+        ("torchrun", [*torchrun, SCRIPT], {}),
+        ("launcher", ["bash", str(REPOSITORY / "run_gemini.sh")], {"GPUNUM": "2", "PATH": path}),
+    ):
+        flags = [*OLD_EXAMPLE, *SMALL, "--log_dir", str(tmp_path), "--run_name", name]
+        returncode, console = run_processes([*command, *flags], environment=variables)
+        assert returncode == 0, console
+        assert console.count(IGNORED) == 1 and "dp 1 × tp 2" in console, console
+        assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_variables_are_read_by_the_script_too(tmp_path: Path) -> None:
+    variables = {"BATCH_SIZE": "0", "PRECISION": "int8", "USE_SHARD_INIT": "True", "GPUNUM": "2"}
+    command = [sys.executable, SCRIPT, "--log_dir", str(tmp_path / "logs"), "--precision", "fp16"]
+    returncode, console = run_processes(command, environment=variables)
+    assert returncode == 2, console
+    assert "try --batch_size 4 [BATCH_SIZE=0 in the environment]" in console
+    assert "int8" not in console, "flags win"
+    assert "warning: USE_SHARD_INIT has no effect any more" in console
+    assert "warning: GPUNUM=2 is ignored: this machine has 1 rank already" in console
+
+
+def test_the_script_leads_to_the_doctor_too() -> None:
+    returncode, console = run_processes([sys.executable, SCRIPT, "--doctor", "--failure", "no such error"])
+    assert returncode == 0 and "Traceback" not in console, console
+
+
+def test_without_colossalai_its_plans_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    """requirements.txt alone: every installed package but that one, by links."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith("colossalai"):
+            (packages / entry.name).symlink_to(entry)
+    # without site-packages of its own
+    command = [sys.executable, "-S", SCRIPT, "--log_dir", str(tmp_path / "logs"), "--device", "cpu"]
+    environment = {"PYTHONPATH": f"{REPOSITORY}:{packages}"}
+    returncode, console = run_processes(command, environment=environment)
+    assert returncode == 2 and "Traceback" not in console, console
+    assert "--distplan CAI_Gemini: Colossal-AI is not installed: run `bash install.sh`" in console, console
+    flags = ["--distplan", "Pytorch_DDP", "--train_step", "1", "--num_layers", "1"]
+    returncode, console = run_processes([*command, *flags], environment=environment)
+    assert returncode == 0, console
 
 
 def test_parity_beyond_the_bound_is_exit_code_1(tmp_path: Path) -> None:

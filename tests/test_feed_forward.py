@@ -152,7 +152,7 @@ def test_a_block_is_the_same_with_it(backend, recompute):
 
 
 def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
-    monkeypatch.setattr("commons.model.compile.wants_compile", lambda config, device_type: config.compile != "off")
+    monkeypatch.setattr("commons.config.resolved.compile_problem", lambda device_type: None)
     monkeypatch.setattr("commons.model.compile.keep_cache", lambda: None)
     asked = []
     monkeypatch.setattr("commons.model.gpt2.gpt2_functions", lambda _, **options: asked.append(options))
@@ -160,7 +160,8 @@ def test_only_compiled_blocks_on_gpus_with_the_library_have_it(monkeypatch):
     monkeypatch.setattr("commons.model.compile._kernels_fit", lambda: True)
 
     def has(device_type: str = "cuda", option: str = "fused_gelu", **settings) -> bool:
-        functions_for(TrainConfig(model_type="gpt2_tiny", batch_size=2, seq_len=8, **settings), device_type)
+        config = TrainConfig(model_type="gpt2_tiny", batch_size=2, seq_len=8, **settings).resolve(device_type)
+        functions_for(config, device_type)
         return asked[-1].get(option, False)
 
     prepared = []

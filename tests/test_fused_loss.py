@@ -73,7 +73,7 @@ def assert_near(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -
 def test_loss_and_gradients_are_those_of_the_written_out_loss(monkeypatch, dtype, pieces):
     hidden, weight, tokens = inputs(dtype)
     monkeypatch.setattr(fused_loss, "PIECE_ELEMENTS", tokens.numel() * PADDED // pieces)
-    tokens[0, 10:20] = model_zoo.IGNORED_LABEL
+    tokens[0, 10:20] = fused_loss.IGNORED_LABEL
     reference = written_out(hidden, weight, tokens)
     wanted = torch.autograd.grad(7 * reference, (hidden, weight))
     loss = fused_loss.next_token_loss(hidden, weight, tokens, VOCAB)
@@ -160,7 +160,7 @@ def test_pieces_are_bounded_and_cover_the_batch(tokens):
 def test_on_a_gpu_one_kernel_does_it_in_the_logits_place(monkeypatch, dtype, vocab, padded):
     hidden, weight, tokens = inputs(dtype, padded=padded, device="cuda")
     tokens = torch.where(tokens < vocab, tokens, 0)
-    tokens[1, 10:20] = model_zoo.IGNORED_LABEL
+    tokens[1, 10:20] = fused_loss.IGNORED_LABEL
     monkeypatch.setattr(fused_loss, "PIECE_ELEMENTS", tokens.numel() * padded // 3)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     exact = written_out(*wide, tokens, vocab)  # pyright: ignore

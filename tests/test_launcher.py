@@ -22,6 +22,7 @@ import pytest
 from suite_runs import heed_all_signals
 
 from commons.cli import flags as cli
+from commons.cli import machine
 from commons.cli.variables import FLAG_VARIABLES
 from commons.config.schema import TrainConfig
 from commons.launch import launcher, nodes
@@ -464,8 +465,8 @@ def test_every_variable_is_in_the_help(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("command", ["", "LD_LIBRARY_PATH=/usr/lib/wsl/lib bash run_gemini.sh"])
 def test_the_cure_of_no_gpu_is_a_line_to_copy(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr(launcher, "why_no_gpu", lambda: ("a Linux driver hides the one from Windows", command))
-    notice = launcher._no_gpu_notice(TrainConfig(model_type="gpt2_tiny"), Nodes(2))
+    monkeypatch.setattr(machine, "why_no_gpu", lambda: ("a Linux driver hides the one from Windows", command))
+    notice = machine.no_gpu_notice(TrainConfig(model_type="gpt2_tiny").resolve("cpu", 2), 2)
     first, *cure, last = notice.splitlines() if command else notice.partition(". ")[::2]
     assert first.startswith("No GPU seen: a Linux driver hides the one from Windows")
     assert [line.strip() for line in cure] == ([command] if command else [])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from suite_runs import launch
 
+from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.distributed.layout import Place, check_mesh, place
 from commons.lifecycle.outcome import NOTHING_PROVED
@@ -29,8 +30,9 @@ def _records(values: list[tuple[float, float | None, int]]) -> list[StepRecord]:
     ]
 
 
-def _config(precision: str, batch_size: int = 1, seq_len: int = 16, **settings) -> TrainConfig:
-    return TrainConfig(precision=precision, batch_size=batch_size, seq_len=seq_len, **settings)  # pyright: ignore[reportArgumentType]
+def _config(precision: str, batch_size: int = 1, seq_len: int = 16, **settings) -> ResolvedConfig:
+    given = TrainConfig(precision=precision, batch_size=batch_size, seq_len=seq_len, **settings)  # pyright: ignore[reportArgumentType]
+    return given.resolve("cpu")
 
 
 def _compare(values: list[tuple[float, float | None, int]]) -> parity.Parity:

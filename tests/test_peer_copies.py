@@ -124,7 +124,7 @@ def test_where_nothing_is_gathered_by_copies(settings, reason):
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
 def test_on_a_cpu_it_has_to_be_asked_for(choice):
-    assert find_peers(TrainConfig(peer_copies=choice), Device("cpu", "CPU", 0, 0, 2)) is None
+    assert find_peers(TrainConfig(peer_copies=choice).resolve("cpu", 2), Device("cpu", "CPU", 0, 0, 2)) is None
 
 
 GPUS = Device("cuda", "GPU", 0, 0, 2)
@@ -133,10 +133,10 @@ GPUS = Device("cuda", "GPU", 0, 0, 2)
 def test_who_has_taken_peer_access_from_nccl_is_left_without(monkeypatch):
     monkeypatch.setattr(peer_copies, "peers_of", lambda device: "peers")
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    assert find_peers(TrainConfig(), GPUS) == "peers"
+    assert find_peers(TrainConfig().resolve("cuda", 2), GPUS) == "peers"
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert find_peers(TrainConfig(), GPUS) is None
-    assert find_peers(TrainConfig(peer_copies="on"), GPUS) == "peers"
+    assert find_peers(TrainConfig().resolve("cuda", 2), GPUS) is None
+    assert find_peers(TrainConfig(peer_copies="on").resolve("cuda", 2), GPUS) == "peers"
 
 
 def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_asked_for(monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_
 
     monkeypatch.setattr(peer_copies, "peers_of", unreachable)
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    assert find_peers(TrainConfig(), GPUS) is None
+    assert find_peers(TrainConfig().resolve("cuda", 2), GPUS) is None
     told = capsys.readouterr().err
     assert "no access from GPU 1 to GPU 0" in told and "falling back to NCCL" in told and len(told.splitlines()) == 1
     for settings, way_out in (
@@ -154,7 +154,7 @@ def test_where_ranks_do_not_reach_each_other_nccl_takes_over_unless_copies_were_
         ({"peer_copies": "on", "cuda_graph": "on"}, "use --peer_copies off and --cuda_graph off"),
     ):
         with pytest.raises(RunError, match=f"no access.*{way_out}$"):
-            find_peers(TrainConfig(**settings), GPUS)  # pyright: ignore[reportArgumentType]
+            find_peers(TrainConfig(**settings).resolve("cuda", 2), GPUS)  # pyright: ignore[reportArgumentType]
 
 
 def test_only_processors_that_keep_the_order_of_writes_share_memory(monkeypatch):
@@ -180,7 +180,7 @@ def test_passes_of_several_ranks_are_recorded_where_they_copy():
     reason = "on several data-parallel ranks without --peer_copies"
     assert list(graph_problems(TrainConfig(), "cuda", 2)) == [reason]
     assert not list(graph_problems(TrainConfig(), "cuda", 2, peer_copies=True))
-    told = f"--cuda_graph on records nothing {reason}: use --cuda_graph off"
+    told = f"--cuda_graph on captures nothing {reason}: use --cuda_graph off"
     for choice, local_world_size, refused in (
         ("auto", 2, False),
         ("on", 2, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -12,14 +13,17 @@ import torch
 from suite_runs import launch, run_processes
 
 from benchmarks import trace
-from commons.config.auto import EAGER_STEPS, graph_problems, wants_graph
+from commons.config.auto import EAGER_STEPS, graph_problems
 from commons.config.schema import TrainConfig
+from commons.distributed.device import Device
 from commons.model.cuda_graph import StepGraph, has_room
 from commons.plans.colossal import boosted
+from commons.plans.registry import PLANS
 from commons.plans.trainable import weighted
+from commons.reporting.run_log import RunLog
+from commons.reporting.writing import write_json
+from commons.training.session import Session
 from commons.training.tracing import TRACE_FILE
-
-ONE_GPU = {"device_type": "cuda", "world_size": 1}
 
 
 def problems(device_type: str = "cuda", world_size: int = 1, peer_copies: bool = False, **settings) -> list[str]:
@@ -54,22 +58,32 @@ def test_what_changes_from_step_to_step_is_not_captured(settings, reason):
 
 
 def test_the_capture_is_no_step_that_counts():
-    assert TrainConfig().warmup_step > EAGER_STEPS
+    assert TrainConfig().resolve("cuda").warmup_step > EAGER_STEPS
+
+
+def captured(world_size=1, peer_copies=None, **settings):
+    config = TrainConfig(**settings).resolve("cuda", world_size)
+    return config.captures_graphs(world_size, config.peer_copies == "on" if peer_copies is None else peer_copies)
 
 
 def test_auto_captures_where_blocks_are_compiled(monkeypatch):
-    monkeypatch.setattr("commons.config.auto.wants_compile", lambda config, device_type: config.compile != "off")
-    assert wants_graph(TrainConfig(), **ONE_GPU)
-    assert not wants_graph(TrainConfig(compile="off"), **ONE_GPU)
-    assert wants_graph(TrainConfig(compile="off", cuda_graph="on"), **ONE_GPU)
-    assert not wants_graph(TrainConfig(cuda_graph="off"), **ONE_GPU)
-    assert not wants_graph(TrainConfig(grad_accum=2), **ONE_GPU)
+    monkeypatch.setattr("commons.config.resolved.compile_problem", lambda device_type: None)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert captured()
+    assert not captured(compile="off")
+    assert captured(compile="off", cuda_graph="on")
+    assert not captured(cuda_graph="off")
+    assert not captured(grad_accum=2)
+    assert captured(world_size=2)
+    assert not captured(world_size=2, peer_copies=False), "they do not reach each other's memory"
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert not captured(world_size=2)
 
 
 def test_on_is_refused_with_every_reason(tmp_path):
     run = launch(tmp_path, "--cuda_graph", "on", "--device", "cpu", "--grad_accum", "2")
     assert run.returncode == 2
-    assert "nothing on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
+    assert "captures nothing on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
 
 
 class Captured:
@@ -211,6 +225,7 @@ def test_a_replayed_step_is_the_step(tmp_path, flags):
 
 UNCAPTURABLE = """
 import torch
+from commons.distributed.device import Device
 from commons.model.cuda_graph import StepGraph
 
 weight = torch.ones(4, device="cuda", requires_grad=True)
@@ -231,3 +246,27 @@ def test_what_cannot_be_captured_is_told_with_the_way_out():
     assert re.search(
         r"could not capture the passes as CUDA graphs \(.*captur.*\): use --cuda_graph off", console, re.DOTALL
     )
+
+
+def test_config_json_tells_what_came_of_it(monkeypatch, tmp_path):
+    """What was decided beforehand, until it turns out otherwise: no room to capture, no way to the others' memory."""
+    monkeypatch.setattr("commons.config.resolved.compile_problem", lambda device_type: None)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    config = TrainConfig(log_dir=str(tmp_path), run_name="run").resolve("cuda", 2)
+    assert (config.peer_copies, config.cuda_graph) == ("on", "on")
+
+    def settled(steps_done: int, shared_bytes: int | None, replayed_bytes: int) -> tuple[str, str]:
+        trainable: Any = SimpleNamespace(shared_bytes=shared_bytes, replayed_bytes=replayed_bytes)
+        session = Session(config, Device("cuda", "GPU", 0, 0, 2), PLANS["CAI_Gemini"], config.shape(), trainable, None)
+        log.settle(session.settled_config(steps_done))
+        written = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert "auto" not in [value for name, value in written.items() if name != "placement"]
+        return written["peer_copies"], written["cuda_graph"]
+
+    log = RunLog(config, [SimpleNamespace()])  # pyright: ignore[reportArgumentType]
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "config.json", config)
+    assert settled(0, 7, 0) == ("on", "on")
+    assert settled(EAGER_STEPS + 1, 7, 9) == ("on", "on")
+    assert settled(EAGER_STEPS + 1, 7, 0) == ("on", "off"), "no room"
+    assert settled(0, None, 0) == ("off", "off"), "they do not reach each other"

@@ -13,21 +13,26 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
-from commons.cli.checks import LIMITS, nearest, problems
+from commons.cli.checks import problems
+from commons.cli.limits import LIMITS
 from commons.cli.variables import FLAG_VARIABLES, name_variables, obsolete_notices, without_obsolete
+from commons.cli.wording import count, nearest
 from commons.config.schema import FLAG_GROUPS, TrainConfig
 from commons.doctor.failure import DOCTOR
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace, read_job
 
+if TYPE_CHECKING:
+    from commons.config.resolved import ResolvedConfig
+
 CONFIG_ERROR = 2  # exit code, argparse's own
 TELLING_SECONDS = 15.0  # after which rank 0 has told what is wrong, however slow its imports
 
 DESCRIPTION = """\
-Trains a GPT-2 on random tokens under one of the plans below and tells, every step, how fast it was (tokens
-a second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every
+Trains a GPT-2 on random tokens under one of the plans below and reports, every step, how fast it was (tokens
+per second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every
 setting has a default that fits the device. Each run leaves config.json, env.json, metrics.jsonl and
 summary.json in a folder of its own in --log_dir. Dashes instead of underscores work in every flag."""
 
@@ -197,9 +202,9 @@ READERS: dict[type, tuple[Callable[[str], Any], str]] = {
 def _example(name: str) -> str:
     if name in LIMITS:
         return f"{LIMITS[name].works:g}"
-    default = getattr(TrainConfig().resolve("cpu"), name)
-    if default is None:
+    if name == "run_name":
         return "my_run"
+    default = getattr(TrainConfig().resolve("cpu"), name)
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -264,37 +269,32 @@ def _read_variables(environ: Mapping[str, str], except_for: Mapping[str, Any]) -
     return CommandLine(given, found)
 
 
-def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
+def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ResolvedConfig:
     """Read the settings of one rank (or of a plain ``python``): resolved and checked.
 
     Where they are wrong, rank 0 prints all problems at once to stderr and every rank exits with code 2. ``--help``
-    exits with 0. ``run_name`` is None when it was not given, since all ranks must agree on it: see
-    :meth:`TrainConfig.named`.
+    exits with 0. A ``run_name`` that was not given holds the time: ranks that start one by one take rank 0's.
 
     Args:
         environ: where variables that stand for flags are looked for; default: nowhere.
     """
-    environ, job = environ or {}, read_job()
+    job = read_job()
     speaks = job.rank == 0 or bool(job.problems)  # ranks that are not one job do not know who tells
-    if wants_doctor(argv):
+    if wants_doctor(argv) or wants_help(argv):
         if speaks:
-            become_doctor(argv)
+            _tell_instead(argv)
         sys.exit(0)
-    if wants_help(argv):
-        if speaks:
-            print(help_text("train_gpt_demo.py"), end="")
-        sys.exit(0)
-    request = read_request(argv, environ)
+    request = read_request(argv, environ or {})
     config, found = judge(request.line, job.world_size, job.local_world_size)
-    found = [*job.problems, *(name_variables(problem, environ, request.flags) for problem in found)]
-    watched = WATCH_VARIABLE in os.environ  # the launcher has told its notices
+    found = [*job.problems, *(name_variables(problem, environ or {}, request.flags) for problem in found)]
+    watched = WATCH_VARIABLE in os.environ  # a launcher has started the ranks, and told its notices
     if config.max_restarts > 0 and not watched:
         found.append(
             f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
             f" or torchrun's own --max-restarts={config.max_restarts}"
         )
-    if speaks and not watched:
-        for line in (*request.notices, *job.notes, *_ignored_ranks(environ, job)):
+    if speaks and not watched and environ is not None:
+        for line in (*request.notices, *_notices(config, job, environ, runs=not found)):
             print(line, file=sys.stderr, flush=True)
     if found:
         if speaks:
@@ -305,17 +305,29 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     return config
 
 
-def _ignored_ranks(environ: Mapping[str, str], job: JobPlace) -> Iterator[str]:
-    wanted = environ.get("GPUNUM", "")
+def _tell_instead(argv: Sequence[str]) -> None:
+    """What is asked for instead of a training."""
+    if wants_doctor(argv):
+        become_doctor(argv)
+    print(help_text("train_gpt_demo.py"), end="")
+
+
+def _notices(config: ResolvedConfig, job: JobPlace, environ: Mapping[str, str], runs: bool) -> Iterator[str]:
+    """What the user is told of where the run takes place."""
+    from commons.cli.machine import no_gpu_notice
+
+    yield from job.notes
+    wanted, here = environ.get("GPUNUM", ""), count(job.local_world_size, "rank")
     if wanted and wanted != str(job.local_world_size):
-        here = f"{job.local_world_size} rank{'s' * (job.local_world_size > 1)}"
         yield (
             f"warning: GPUNUM={wanted} is ignored: this machine has {here} already; use bash run_gemini.sh, or"
             f" torchrun --nproc_per_node {wanted}"
         )
+    if runs and config.device == "cpu" and not config.asked("device"):
+        yield no_gpu_notice(config, job.world_size)
 
 
-def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[TrainConfig, list[str]]:
+def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[ResolvedConfig, list[str]]:
     """The resolved configuration of a command line on this machine, and every problem with it."""
     from commons.plans.registry import PLANS
 
@@ -325,7 +337,7 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Tr
     found = problems(
         given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size, typed=line.given
     )
-    return given.resolve(device_type), [*line.problems, *found]
+    return given.resolve(device_type, world_size, local_world_size), [*line.problems, *found]
 
 
 def find_devices(wanted: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""What "auto" stands for: where blocks can be compiled, passes captured and chunks gathered by copies, and why not."""
+"""Where blocks can be compiled, passes captured and chunks gathered by copies, and why not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from commons.config.schema import TrainConfig
 
 # Triton compiles its launchers with a C compiler, inductor its CPU kernels with a C++ one: variable, usual names
 COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
-# The first is Gemini's warm-up and fills the libraries' caches. Few enough that the recording itself is among the
+# The first is Gemini's warm-up and fills the libraries' caches. Few enough that the capture itself is among the
 # steps that the medians leave out.
 EAGER_STEPS = 1
 
@@ -24,18 +24,6 @@ def compile_problem(device_type: str) -> str | None:
     if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
         return f"none of the compilers {', '.join(names)} was found (install one, or name yours in {variable})"
     return None
-
-
-def wants_compile(config: TrainConfig, device_type: str) -> bool:
-    """Whether ``--compile`` asks for it here; "auto" is on for GPUs that it can work for."""
-    if config.compile == "auto":
-        return device_type == "cuda" and config.model_parallel_size == 1 and compile_problem(device_type) is None
-    return config.compile == "on"
-
-
-def wants_functions(config: TrainConfig, device_type: str) -> bool:
-    """Whether the model runs as functions of tensors: to be compiled, or since only they know fp8."""
-    return wants_compile(config, device_type) or config.precision == "fp8"
 
 
 def chunk_problems(config: TrainConfig) -> Iterator[str]:
@@ -62,13 +50,13 @@ def peer_problems(config: TrainConfig, world_size: int, local_world_size: int) -
 def graph_problems(
     config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False
 ) -> tuple[str, ...]:
-    """Where the passes cannot be recorded, one reason each. ``peer_copies``: ranks copy from each other's memory."""
+    """Where the passes cannot be captured, one reason each. ``peer_copies``: ranks copy from each other's memory."""
     several = config.data_parallel_size(world_size) > 1
     rules = (
         (device_type != "cuda", "on a CPU"),
         (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
         (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
-        # freed beside the computing stream, which a recording does only at its end; what is replicated is never freed
+        # freed beside the computing stream, which a capture does only at its end; what is replicated is never freed
         (
             several and config.max_prefetch == 0 and config.shard_param_frac != 0,
             "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",
@@ -76,14 +64,6 @@ def graph_problems(
         (config.precision == "fp16", "in fp16, which looks for infinities"),
         (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
         (config.dropout > 0, "under --dropout"),
-        (config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
+        (config.train_step is not None and config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
     )
     return (*(text for applies, text in rules if applies), *chunk_problems(config))
-
-
-def wants_graph(config: TrainConfig, device_type: str, world_size: int, peer_copies: bool = False) -> bool:
-    """Whether ``--cuda_graph`` asks for it here; "auto" wherever it is possible and blocks are compiled."""
-    if config.cuda_graph == "auto":
-        problems = graph_problems(config, device_type, world_size, peer_copies)
-        return wants_compile(config, device_type) and not problems
-    return config.cuda_graph == "on"

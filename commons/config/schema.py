@@ -7,23 +7,11 @@ module costs nothing: torch, transformers and the model table are imported when 
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from model_zoo import ModelShape
-
-# What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
-DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cuda": {"model_type": "gpt2_medium", "batch_size": 16, "seq_len": 1024},
-    "cpu": {"model_type": "gpt2_tiny", "batch_size": 4, "seq_len": 64},
-}
-
-# Parameters in one of Gemini's chunks, at least: 4 MiB in bf16. Below, a collective takes longer to begin than to send,
-# and ranks wait for each other more often than they need.
-SMALLEST_CHUNK = 2**21
+    from commons.config.resolved import ResolvedConfig
 
 FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 
@@ -87,7 +75,9 @@ class PlanFlags:
         "FRAC",
     )
     offload_optim_frac: float | None = _flag(
-        None, "static: fraction of the optimizer's bytes kept on the host (default: 0.0)", "FRAC"
+        None,
+        "static: fraction of the optimizer's bytes kept on the host (default: 0.0; 1.0 with --offload_param_frac)",
+        "FRAC",
     )
     offload_param_frac: float | None = _flag(
         None,
@@ -105,8 +95,8 @@ class PlanFlags:
     )
     max_prefetch: int | None = _flag(
         None,
-        "Gemini: chunks gathered ahead of their use, while the device still computes (default: 2, with a hook an"
-        " operation 0)",
+        "Gemini: chunks gathered ahead of their use, while the device still computes (default: 2; 0 with"
+        " --gemini_hooks operation, and for a rank alone without offload)",
         "N",
     )
     blocks_per_chunk: int | None = _flag(
@@ -123,7 +113,7 @@ class PlanFlags:
     )
     gemini_hooks: Literal["block", "operation"] = _flag(
         "block",
-        "where Gemini steps in. block: once a transformer block, which can then be compiled; operation: at"
+        "where Gemini hooks in. block: once per transformer block, which can then be compiled; operation: at"
         " every operation, Colossal-AI's own way, always so under tensor parallelism",
     )
     tp_degree: int = _flag(1, "tensor parallelism: ranks that share every weight matrix", "N")
@@ -131,7 +121,7 @@ class PlanFlags:
     zero_stage: int | None = _flag(
         None,
         "CAI_Hybrid: what is sharded over data-parallel ranks; 0: nothing, 1: optimizer states, 2: gradients too"
-        " (default: 1, in fp32 0)",
+        " (default: 1; 0 in fp32 and on one data-parallel rank)",
         "N",
     )
     num_microbatches: int | None = _flag(
@@ -139,7 +129,9 @@ class PlanFlags:
         "pipeline: pieces that a batch is cut into (default: pp_degree where that divides batch_size, else batch_size)",
         "N",
     )
-    num_model_chunks: int = _flag(1, "pipeline: pieces of the model a stage; above 1 is the interleaved schedule", "N")
+    num_model_chunks: int = _flag(
+        1, "pipeline: pieces of the model per stage; above 1 is the interleaved schedule", "N"
+    )
     sequence_parallel: Literal["on", "off"] = _flag(
         "off", "on: share activations between the tensor-parallel blocks along the sequence too"
     )
@@ -150,15 +142,23 @@ class BatchFlags:
     _argument_group_name: ClassVar[str] = "Batch"
 
     batch_size: int | None = _flag(
-        None, "sequences a data-parallel rank and micro-step (default: 16 on a GPU, 4 on a CPU)", "N"
+        None,
+        "sequences per data-parallel rank and micro-step (default: 16 on a GPU, 4 on a CPU, or what a pipeline needs)",
+        "N",
     )
     seq_len: int | None = _flag(
-        None, "tokens a sequence, at most the model's positions (default: 1024 on a GPU, 64 on a CPU)", "N"
+        None, "tokens per sequence, at most the model's positions (default: 1024 on a GPU, 64 on a CPU)", "N"
     )
-    train_step: int = _flag(10, "optimizer steps in all", "N")
-    warmup_step: int = _flag(2, "first steps left out of the medians at the end; below train_step", "N")
+    train_step: int | None = _flag(
+        None, "optimizer steps in all (default: 10, or as many as the other settings of steps need)", "N"
+    )
+    warmup_step: int | None = _flag(
+        None,
+        "first steps left out of the medians at the end; below train_step (default: 2, or fewer than train_step)",
+        "N",
+    )
     grad_accum: int = _flag(1, "batches whose gradients are added up for one optimizer step", "N")
-    max_bad_steps: int = _flag(3, "stop when the loss was NaN or infinite in so many steps in a row; 0: never", "N")
+    max_bad_steps: int = _flag(3, "stop after N consecutive steps whose loss is NaN or infinite; 0: never", "N")
     seed: int = _flag(42, "of weights (the same on every rank) and data (different on every data-parallel rank)", "N")
 
 
@@ -198,7 +198,7 @@ class MachineFlags:
     )
     cuda_graph: Literal["auto", "on", "off"] = _flag(
         "auto",
-        "Gemini: record the forward and the backward pass once and replay them, so that the GPU does not wait for the"
+        "Gemini: capture the forward and the backward pass once and replay them, so that the GPU does not wait for the"
         " host; auto: with compiled blocks on one GPU, or on several under --peer_copies, where nothing is offloaded,"
         " accumulated, dropped or in fp16",
     )
@@ -209,7 +209,7 @@ class MachineFlags:
         "SECONDS",
     )
     max_restarts: int = _flag(
-        0, "launcher: start all ranks again, from the first step, so many times when one dies or hangs", "N"
+        0, "launcher: restart all ranks, from the first step, up to N times when one dies or hangs", "N"
     )
 
 
@@ -217,7 +217,7 @@ class MachineFlags:
 class OutputFlags:
     _argument_group_name: ClassVar[str] = "Output"
 
-    log_dir: str = _flag("gemini_logs", "folder that holds a folder a run", "DIR")
+    log_dir: str = _flag("gemini_logs", "folder that holds one folder per run", "DIR")
     run_name: str | None = _flag(
         None,
         "the run's folder in log_dir (default: plan, size, data x tensor x pipeline ranks, precision and time)",
@@ -237,7 +237,7 @@ class OutputFlags:
         " step itself is slower; 0: none",
         "N",
     )
-    quiet: bool = _flag(False, "print no line a step, only the header and the end")
+    quiet: bool = _flag(False, "print no line per step, only the header and the end")
 
 
 # In the order of --help.
@@ -248,58 +248,19 @@ FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags, 
 class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFlags, ModelFlags):
     """The settings of a run, flat: the groups exist for --help alone.
 
-    None means: not chosen yet, :meth:`resolve` does that.
+    None and "auto" (but for Gemini's placement of that name) mean: not chosen yet, :meth:`resolve` does that.
     """
 
-    def resolve(self, device_type: str) -> TrainConfig:
-        """Choose what was left out, for ``device_type`` ("cuda" or "cpu"). Only ``run_name`` stays None.
+    def resolve(self, device_type: str, world_size: int = 1, local_world_size: int | None = None) -> ResolvedConfig:
+        """Decide what was left open; see commons.config.resolved.
 
-        Explicit values are kept even where they are wrong: commons.cli.checks judges the result.
+        Args:
+            device_type: "cuda" or "cpu".
+            world_size: ranks in all; ``local_world_size`` of them on this machine (default: all).
         """
-        chosen = {"device": device_type, **DEVICE_DEFAULTS[device_type]}
-        for name, value in zip(FRACTIONS, PLACEMENTS[self.placement], strict=True):
-            chosen[name] = value
-        model_type = self.model_type or chosen["model_type"]
-        shape = _shape_or_none(model_type)
-        if shape is not None:
-            chosen |= {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_heads": shape.heads}
-            chosen["seq_len"] = min(chosen["seq_len"], shape.positions)
-        batch_size = chosen["batch_size"] if self.batch_size is None else self.batch_size
-        chosen["blocks_per_chunk"] = _default_blocks_per_chunk(
-            self.num_layers or chosen.get("num_layers", 1), self.hidden_size or chosen.get("hidden_size", 1)
-        )
-        chosen["max_prefetch"] = 2 if self.gemini_hooks == "block" and self.tp_degree == 1 else 0
-        chosen["zero_stage"] = 0 if self.precision == "fp32" else 1
-        chosen["num_microbatches"] = _default_microbatches(batch_size, self.pp_degree)
-        unset = {name: value for name, value in chosen.items() if name == "device" or getattr(self, name) is None}
-        # a shell leaves the ~ in --log_dir=~/logs as it is
-        return dataclasses.replace(self, **unset, log_dir=str(Path(self.log_dir).expanduser()))
+        from commons.config.resolved import Where, resolve
 
-    def shape(self) -> ModelShape:
-        """The size of ``model_type`` with this configuration's overrides. KeyError for an unknown size."""
-        from model_zoo import MODEL_SIZES
-
-        overrides = {"layers": self.num_layers, "hidden": self.hidden_size, "heads": self.num_heads}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return dataclasses.replace(MODEL_SIZES[str(self.model_type)], **given)
-
-    def gemini_placement(self) -> dict[str, Any]:
-        """GeminiPlugin's arguments that say where chunks live, of a resolved configuration.
-
-        The plugin itself knows only "static" and "auto": the other names have become fractions.
-        """
-        if self.placement == "auto":
-            return {
-                "placement_policy": "auto",
-                "warmup_non_model_data_ratio": self.warmup_non_model_data_ratio,
-                "steady_cuda_cap_ratio": self.steady_cuda_cap_ratio,
-            }
-        return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder, of a resolved configuration with a ``run_name``."""
-        return Path(self.log_dir) / str(self.run_name)
+        return resolve(self, Where(device_type, world_size, local_world_size or world_size))
 
     @property
     def base_precision(self) -> str:
@@ -320,29 +281,6 @@ class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFla
         degrees = f"{self.data_parallel_size(world_size)}x{self.tp_degree}x{self.pp_degree}"
         return f"{self.distplan}-{self.model_type}-{degrees}-{self.precision}-{time_stamp}"
 
-    def named(self, world_size: int) -> TrainConfig:
-        """With a ``run_name``: the one given, else the default for this moment."""
-        if self.run_name is not None:
-            return self
-        return dataclasses.replace(self, run_name=self.default_run_name(world_size, time.strftime("%Y%m%d-%H%M%S")))
-
     def as_dict(self) -> dict[str, Any]:
         """For config.json: every setting by its flag's name, in the order of --help."""
         return {f.name: getattr(self, f.name) for group in FLAG_GROUPS for f in dataclasses.fields(group)}
-
-
-def _shape_or_none(model_type: str) -> ModelShape | None:
-    from model_zoo import MODEL_SIZES
-
-    return MODEL_SIZES.get(model_type)
-
-
-def _default_blocks_per_chunk(layers: int, hidden: int) -> int:
-    return max(1, min(layers, SMALLEST_CHUNK // (12 * hidden * hidden)))
-
-
-def _default_microbatches(batch_size: int, pp_degree: int) -> int:
-    """One a stage keeps every stage busy once; a batch that cannot be cut so is cut into single sequences."""
-    if pp_degree <= 1:
-        return 1
-    return pp_degree if batch_size % pp_degree == 0 else max(1, batch_size)

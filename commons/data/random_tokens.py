@@ -17,8 +17,8 @@ def random_tokens(
     The tokens are drawn on the host, so that a GPU run and a CPU run of the same seed see the same data.
 
     Args:
-        batch_size: sequences a micro-batch on this data-parallel rank.
-        seq_len: tokens a sequence.
+        batch_size: sequences per micro-batch on this data-parallel rank.
+        seq_len: tokens per sequence.
         vocab: tokens are drawn from ``[0, vocab)``; the padded part of the vocabulary is never drawn.
 
     Yields:
@@ -46,6 +46,5 @@ class DrawnAhead:
 
     def take(self) -> torch.Tensor:
         """The next batch."""
-        self.draw()
         batch, self._drawn = self._drawn, None
-        return batch  # pyright: ignore[reportReturnType]
+        return next(self._stream) if batch is None else batch

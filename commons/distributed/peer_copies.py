@@ -34,21 +34,19 @@ How memory is reached is commons.distributed.peer_memory'.
 from __future__ import annotations
 
 import functools
-import os
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from commons.config.auto import compile_problem, peer_problems
+from commons.config.auto import compile_problem
 from commons.distributed.peer_memory import GpuPeers, HostPeers, Peers
-from commons.lifecycle.job import read_job
 from commons.lifecycle.notices import say
 from commons.lifecycle.outcome import RunError
 
 if TYPE_CHECKING:
-    from commons.config.schema import TrainConfig
+    from commons.config.resolved import ResolvedConfig
     from commons.distributed.device import Device
 
 # What a rank shares of a tensor begins at a multiple, so that wide copies and kernels find it aligned. On 2, 4 and 8
@@ -206,22 +204,23 @@ def _has_kernels() -> bool:
     return fits()
 
 
-def find_peers(config: TrainConfig, device: Device) -> Peers | None:
-    """All ranks, where ``--peer_copies`` asks for it and they reach each other's memory (collective).
+def find_peers(config: ResolvedConfig, device: Device) -> Peers | None:
+    """All ranks, where ``--peer_copies`` is on and they reach each other's memory (collective).
 
     Raises:
         RunError: they do not, and it was asked for, or ``--cuda_graph on``, which needs it.
     """
-    possible = not any(peer_problems(config, device.world_size, read_job().local_world_size))
-    # who has taken peer access from NCCL has had a reason
-    by_itself = possible and device.type == "cuda" and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
-    if config.peer_copies == "off" or (config.peer_copies == "auto" and not by_itself):
+    if config.peer_copies == "off":
         return None
     try:
         return peers_of(device)
     except RuntimeError as error:
         text = f"the ranks do not reach each other's memory ({error})"
-    wanted = [f"--{name} off" for name in ("peer_copies", "cuda_graph") if getattr(config, name) == "on"]
+    wanted = [
+        f"--{name} off"
+        for name in ("peer_copies", "cuda_graph")
+        if getattr(config, name) == "on" and config.asked(name)
+    ]
     if wanted:
         raise RunError(f"{text}: use {' and '.join(wanted)}")
     say(f"{text}: falling back to NCCL for gradients and chunks (--peer_copies)")

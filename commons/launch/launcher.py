@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commons.cli.checks import why_no_gpu
 from commons.cli.flags import (
     CONFIG_ERROR,
     become_doctor,
@@ -30,8 +29,9 @@ from commons.cli.flags import (
     wants_doctor,
     wants_help,
 )
+from commons.cli.machine import no_gpu_notice
 from commons.cli.variables import name_variables
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.doctor import explanation, needs_no_traceback
 from commons.launch.console_copy import ConsoleCopy
 from commons.launch.lifeline import Lifeline
@@ -71,7 +71,7 @@ class Launch:
     """
 
     given: dict[str, Any]
-    config: TrainConfig
+    config: ResolvedConfig
     nodes: Nodes
     notices: list[str]
 
@@ -116,7 +116,7 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
     found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
-        notices.append(_no_gpu_notice(config, nodes))
+        notices.append(no_gpu_notice(config, nodes.world_size))
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 
 
@@ -149,17 +149,6 @@ def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type
     rank = number("NODE_RANK", 0, 0, count - 1, "number the machines from 0")
     port = number("MASTER_PORT", DEFAULT_PORT, 1, 65535, "set a free port, the same on all machines")
     return Nodes(ranks, count, rank, environ.get("MASTER_ADDR", ""), port), found
-
-
-def _no_gpu_notice(config: TrainConfig, nodes: Nodes) -> str:
-    """The command that cures it has a line of its own, to be copied as it is."""
-    ranks = f"{nodes.world_size} CPU rank{'s' * (nodes.world_size > 1)}"
-    cause, cure = why_no_gpu()
-    end = f"; try:\n    {cure}\n" if cure else ". "
-    return (
-        f"No GPU seen{cause and f': {cause}'}{end}Training {config.model_type} on {ranks} with gloo instead; more in"
-        " docs/troubleshooting.md and from: bash run_gemini.sh --doctor"
-    )
 
 
 def start(launch: Launch, script: Path, stop: StopSignals) -> int:
@@ -239,7 +228,7 @@ def _card(launch: Launch) -> dict[str, Any]:
         "NNODES": launch.nodes.count,
         "the number of ranks (GPUNUM)": launch.nodes.ranks_per_node,
         **{f"--{name}": value for name, value in settings.items()},
-        "_run_name": launch.config.run_name or _free_run_name(launch),
+        "_run_name": launch.given.get("run_name") or _free_run_name(launch),
     }
 
 

@@ -211,8 +211,8 @@ class _Reading:
         for found in (self._own, *others):
             if "local_rank" in found:
                 return found["local_rank"]
-        if is_told and local_world_size > 0:
-            return rank % local_world_size
+        if is_told:
+            return rank % max(1, local_world_size)
         self._problems.append(
             f"RANK={rank} of WORLD_SIZE={world_size} without LOCAL_RANK: set LOCAL_RANK, which of its machine's ranks"
             " each is, from 0"

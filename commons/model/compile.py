@@ -16,13 +16,12 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from commons.config.auto import wants_compile
 from commons.lifecycle.notices import say
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from commons.config.schema import TrainConfig
+    from commons.config.resolved import ResolvedConfig
     from commons.model.gpt2 import GPT2Functions
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -31,12 +30,12 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 INDUCTOR_OPTIONS: dict[str, Any] = {"max_autotune_pointwise": True}
 
 
-def functions_for(config: TrainConfig, device_type: str, backend: str | Callable = "inductor") -> GPT2Functions:
+def functions_for(config: ResolvedConfig, device_type: str, backend: str | Callable = "inductor") -> GPT2Functions:
     """The model's functions as ``config`` wants them, compiled or not."""
     from commons.model.gpt2 import gpt2_functions
 
     options: dict[str, Any] = {}
-    if wants_compile(config, device_type):
+    if config.compile == "on":
         keep_cache()
         options["fused_gelu"] = device_type == "cuda" and _gelu_fits(config)
         options["kernels"] = device_type == "cuda" and _kernels_fit()
@@ -51,7 +50,7 @@ def functions_for(config: TrainConfig, device_type: str, backend: str | Callable
     )
 
 
-def _gelu_fits(config: TrainConfig) -> bool:
+def _gelu_fits(config: ResolvedConfig) -> bool:
     """Whether GELU goes into the matrix products beside it. "selective" recomputation would keep its result, which is
     what it is there to spare.
     """
@@ -60,7 +59,7 @@ def _gelu_fits(config: TrainConfig) -> bool:
 
     if config.precision == "fp8" or config.activation_checkpointing == "selective":
         return False
-    rows = config.batch_size * config.seq_len  # pyright: ignore
+    rows = config.batch_size * config.seq_len
     return fits(rows, config.shape().hidden, compute_dtype(config.base_precision))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from commons.config.schema import TrainConfig
+    from commons.config.resolved import ResolvedConfig
     from commons.distributed.device import Device
     from commons.plans.trainable import Trainable
 
@@ -39,7 +39,7 @@ class Plan:
 
     name: str
     summary: str
-    build: Callable[[TrainConfig, Device], Trainable]
+    build: Callable[[ResolvedConfig, Device], Trainable]
     sharded: tuple[str, ...]
     precisions: tuple[str, ...] = ALL_PRECISIONS
     placement: bool = False
@@ -49,14 +49,14 @@ class Plan:
     cpu_torch: str | None = None
 
 
-def _gemini(config: TrainConfig, device: Device) -> Trainable:
+def _gemini(config: ResolvedConfig, device: Device) -> Trainable:
     from commons.plans.colossal.boosted import build_gemini
 
     return build_gemini(config, device)
 
 
-def _zero(stage: int) -> Callable[[TrainConfig, Device], Trainable]:
-    def build(config: TrainConfig, device: Device) -> Trainable:
+def _zero(stage: int) -> Callable[[ResolvedConfig, Device], Trainable]:
+    def build(config: ResolvedConfig, device: Device) -> Trainable:
         from commons.plans.colossal.boosted import build_zero
 
         return build_zero(config, device, stage)
@@ -64,14 +64,14 @@ def _zero(stage: int) -> Callable[[TrainConfig, Device], Trainable]:
     return build
 
 
-def _hybrid(config: TrainConfig, device: Device) -> Trainable:
+def _hybrid(config: ResolvedConfig, device: Device) -> Trainable:
     from commons.plans.colossal.hybrid import build_hybrid
 
     return build_hybrid(config, device)
 
 
-def _torch(kind: str) -> Callable[[TrainConfig, Device], Trainable]:
-    def build(config: TrainConfig, device: Device) -> Trainable:
+def _torch(kind: str) -> Callable[[ResolvedConfig, Device], Trainable]:
+    def build(config: ResolvedConfig, device: Device) -> Trainable:
         from commons.plans import torch_native
 
         return torch_native.build(kind, config, device)

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commons.config.auto import wants_functions
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device, compute_dtype
 from commons.model.compile import functions_for, run_as_functions
 from commons.model.initial_weights import decay_groups, seeded_init_
@@ -28,7 +27,9 @@ class TorchTrainable:
     replayed_bytes = 0
     shared_bytes: int | None = None
 
-    def __init__(self, model: nn.Module, optimizer: Any, config: TrainConfig, device: Device, autocast: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, config: ResolvedConfig, device: Device, autocast: bool
+    ) -> None:
         self.model, self.optimizer = model, optimizer
         self._clip_grad_norm = config.clip_grad_norm
         self._autocast_dtype = compute_dtype(config.base_precision) if autocast and config.precision != "fp32" else None
@@ -89,7 +90,7 @@ class TorchTrainable:
         return norm
 
 
-def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
+def build(kind: str, config: ResolvedConfig, device: Device) -> TorchTrainable:
     """Wrap the model (collective). ``kind``: "ddp", "zero" or "fsdp"."""
     with torch.device(device.torch_device):
         model = build_model(
@@ -99,7 +100,7 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
             activation_checkpointing=config.activation_checkpointing,
         )
     seeded_init_(model, config.seed, device.torch_device, compute_dtype(config.base_precision))
-    if wants_functions(config, device.type):
+    if config.runs_as_functions:
         run_as_functions(model, functions_for(config, device.type))
     if kind == "fsdp":
         return _fully_sharded(model, config, device)
@@ -109,7 +110,7 @@ def build(kind: str, config: TrainConfig, device: Device) -> TorchTrainable:
     return TorchTrainable(ddp, _adamw(ddp, config, sharded=kind == "zero"), config, device, autocast=True)
 
 
-def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> TorchTrainable:
+def _fully_sharded(model: nn.Module, config: ResolvedConfig, device: Device) -> TorchTrainable:
     """Shard every block on its own and the rest together; parameters are cast to the compute dtype when they
     are gathered.
     """
@@ -128,7 +129,7 @@ def _fully_sharded(model: nn.Module, config: TrainConfig, device: Device) -> Tor
     return TorchTrainable(model, _adamw(model, config, sharded=False), config, device, autocast=False)
 
 
-def _adamw(model: nn.Module, config: TrainConfig, sharded: bool) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, config: ResolvedConfig, sharded: bool) -> torch.optim.Optimizer:
     """Fused AdamW, its states spread over the data-parallel ranks if ``sharded``."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.job import read_job
 from commons.lifecycle.outcome import Ended
@@ -30,7 +30,7 @@ PER_ATTEMPT = ("metrics.jsonl", "summary.json")
 class RunLog:
     """The records of a run, on every rank; on rank 0 they go to the sinks too."""
 
-    def __init__(self, config: TrainConfig, sinks: Sequence[Sink]) -> None:
+    def __init__(self, config: ResolvedConfig, sinks: Sequence[Sink]) -> None:
         self.records: list[StepRecord] = []
         self._config, self._sinks = config, sinks
         self._reporting = threading.Lock()
@@ -39,6 +39,12 @@ class RunLog:
         self.records.append(record)
         for sink in self._sinks:
             sink.log(record)
+
+    def settle(self, config: ResolvedConfig) -> None:
+        """The settings turned out to be these: config.json says so. Raises SinkError."""
+        if self._sinks and config != self._config:
+            write_json(config.run_dir / "config.json", config)
+        self._config = config
 
     def finish(self, ended: Ended) -> None:
         """Report to every sink."""
@@ -54,7 +60,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def open_log(config: TrainConfig, header: RunHeader, guard: Guard) -> Iterator[RunLog]:
+def open_log(config: ResolvedConfig, header: RunHeader, guard: Guard) -> Iterator[RunLog]:
     """The log of a run on the guard's rank, whose summary is written whatever happens inside: an exception, or a signal
     that cannot wait for the step to end.
     """
@@ -102,7 +108,7 @@ def _read_record(line: str) -> StepRecord:
     return StepRecord(**values)
 
 
-def summary_of(records: Sequence[StepRecord], config: TrainConfig, ended: Ended, attempt: int) -> dict[str, Any]:
+def summary_of(records: Sequence[StepRecord], config: ResolvedConfig, ended: Ended, attempt: int) -> dict[str, Any]:
     """What summary.json holds: the statistics, and how the run ended.
 
     Adds to commons.reporting.summary.summarize(): ``ended``, how (see commons.lifecycle.outcome);
@@ -114,13 +120,13 @@ def summary_of(records: Sequence[StepRecord], config: TrainConfig, ended: Ended,
 
 
 def write_summary(
-    run_dir: Path, records: Sequence[StepRecord], config: TrainConfig, ended: Ended, attempt: int
+    run_dir: Path, records: Sequence[StepRecord], config: ResolvedConfig, ended: Ended, attempt: int
 ) -> None:
     """Raises SinkError where that cannot be written."""
     write_json(run_dir / "summary.json", summary_of(records, config, ended, attempt))
 
 
-def conclude(run_dir: Path, config: TrainConfig, ended: Ended, attempt: int, *, replace: bool) -> int:
+def conclude(run_dir: Path, config: ResolvedConfig, ended: Ended, attempt: int, *, replace: bool) -> int:
     """For the launcher, when all ranks have ended: summary.json from metrics.jsonl. Returns the steps done.
 
     Args:

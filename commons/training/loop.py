@@ -40,8 +40,8 @@ def batches(session: Session) -> Iterator[torch.Tensor]:
     """
     config = session.config
     return random_tokens(
-        batch_size=config.batch_size,  # pyright: ignore
-        seq_len=config.seq_len,  # pyright: ignore
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
         vocab=session.shape.vocab,
         seed=config.seed,
         data_parallel_rank=session.place(session.device.rank).data,
@@ -195,10 +195,10 @@ def make_record(
 def _flops_per_token(session: Session) -> tuple[float, float]:
     """Model FLOPs and hardware FLOPs."""
     config = session.config
-    model = model_flops_per_token(session.shape, config.seq_len)  # pyright: ignore
+    model = model_flops_per_token(session.shape, config.seq_len)
     hardware = hardware_flops_per_token(
         session.shape,
-        config.seq_len,  # pyright: ignore
+        config.seq_len,
         recompute=config.activation_checkpointing,
         attention=config.attention,
         dropout=config.dropout,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.data.random_tokens import random_tokens
 from commons.distributed.device import compute_dtype
 from commons.lifecycle.outcome import FINISHED, NOTHING_PROVED, Ended
@@ -140,13 +140,13 @@ class Parity:
         return self.verdict == HOLDS
 
 
-def with_known_norms(config: TrainConfig) -> TrainConfig:
+def with_known_norms(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration to train with under ``--check_parity``: every plan tells its gradient norm."""
     return config if config.clip_grad_norm > 0 else dataclasses.replace(config, clip_grad_norm=NO_CLIP)
 
 
 def reference_steps(
-    config: TrainConfig, data_parallel_size: int, device: torch.device, skipped: frozenset[int] = frozenset()
+    config: ResolvedConfig, data_parallel_size: int, device: torch.device, skipped: frozenset[int] = frozenset()
 ) -> tuple[list[ReferenceStep], nn.Module]:
     """Train ``config`` in this process alone, in fp32.
 
@@ -166,8 +166,8 @@ def reference_steps(
     )
     streams = [
         random_tokens(
-            batch_size=config.batch_size,  # pyright: ignore
-            seq_len=config.seq_len,  # pyright: ignore
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
             vocab=config.shape().vocab,
             seed=config.seed,
             data_parallel_rank=rank,
@@ -211,7 +211,7 @@ def _clipped_norm(model: nn.Module, max_norm: float) -> float:
 
 
 def compare(
-    config: TrainConfig, records: Sequence[StepRecord], reference: Sequence[ReferenceStep], copies: int
+    config: ResolvedConfig, records: Sequence[StepRecord], reference: Sequence[ReferenceStep], copies: int
 ) -> Parity:
     """Set a run's steps against the reference's.
 
@@ -226,7 +226,7 @@ def compare(
     losses = [(ran.loss, ref.loss) for ran, ref in pairs]
     norms = [(ran.grad_norm, ref.grad_norm) for ran, ref in pairs if ran.grad_norm is not None]
     reasons = {"loss": _reason(losses), "gradient norm": _reason(norms) or _no_norm(config, len(norms))}
-    tokens = copies * config.batch_size * config.grad_accum * (config.seq_len - 1)  # pyright: ignore
+    tokens = copies * config.batch_size * config.grad_accum * (config.seq_len - 1)
     return Parity(
         config.precision,
         len(pairs),
@@ -243,7 +243,7 @@ def _reason(values: Sequence[tuple[float, float]]) -> str:
     return f"the reference's own is not finite in {lost} of {len(values)} steps: lower --lr" if lost else ""
 
 
-def _no_norm(config: TrainConfig, told: int) -> str:
+def _no_norm(config: ResolvedConfig, told: int) -> str:
     if told:
         return ""
     if config.precision == "fp16":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: ResolvedConfig, step: int) -> float:
     """The learning rate of ``step`` (from 1): a linear warm-up over ``lr_warmup_step``, then constant or a
     cosine down to a tenth.
     """

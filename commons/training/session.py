@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from commons.config.auto import wants_graph
-from commons.config.schema import TrainConfig
+from commons.config.auto import EAGER_STEPS
+from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
 from commons.distributed.seeding import seed_generators
@@ -29,7 +30,7 @@ class Session:
         peak_flops: of this device and precision, FLOP/s, from the datasheet or measured; None if unknown.
     """
 
-    config: TrainConfig
+    config: ResolvedConfig
     device: Device
     plan: Plan
     shape: ModelShape
@@ -48,19 +49,31 @@ class Session:
     def sequences_per_step(self) -> int:
         """Over all data-parallel ranks and micro-batches."""
         config = self.config
-        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)  # pyright: ignore
+        return config.batch_size * config.grad_accum * config.data_parallel_size(self.device.world_size)
 
     @property
     def tokens_per_step(self) -> int:
         """Over all data-parallel ranks and micro-batches."""
-        return self.sequences_per_step * self.config.seq_len  # pyright: ignore
+        return self.sequences_per_step * self.config.seq_len
+
+    def settled_config(self, steps_done: int) -> ResolvedConfig:
+        """The settings as they turned out so far: whether ranks copy from each other's memory is known once the model
+        is built, whether its passes are captured after the step that does so.
+        """
+        copies = self.trainable.shared_bytes is not None
+        captures = self.config.captures_graphs(self.device.world_size, copies)
+        if steps_done > EAGER_STEPS:
+            captures = captures and self.trainable.replayed_bytes > 0
+        turned_out = {"peer_copies": copies, "cuda_graph": captures}
+        return dataclasses.replace(
+            self.config, **{name: "on" if value else "off" for name, value in turned_out.items()}
+        )
 
     def header(self) -> RunHeader:
         """What a reader of the log must know, for the sinks."""
-        config, shape, world_size = self.config, self.shape, self.device.world_size
-        peer_copies = self.trainable.shared_bytes is not None
+        config, shape, world_size = self.settled_config(0), self.shape, self.device.world_size
         return RunHeader(
-            model=str(config.model_type),
+            model=config.model_type,
             layers=shape.layers,
             hidden=shape.hidden,
             heads=shape.heads,
@@ -72,15 +85,15 @@ class Session:
             dp=config.data_parallel_size(world_size),
             tp=config.tp_degree,
             pp=config.pp_degree,
-            micro_batch_size=config.batch_size,  # pyright: ignore
+            micro_batch_size=config.batch_size,
             grad_accum=config.grad_accum,
             global_batch_size=self.sequences_per_step,
-            seq_len=config.seq_len,  # pyright: ignore
+            seq_len=config.seq_len,
             precision=config.precision,
             attention=config.attention,
             activation_checkpointing=config.activation_checkpointing,
-            cuda_graph=wants_graph(config, self.device.type, world_size, peer_copies),
-            peer_copies=peer_copies,
+            cuda_graph=config.cuda_graph == "on",
+            peer_copies=config.peer_copies == "on",
             device=self.device.type,
             device_name=self.device.name,
             peak_tflops_per_device=None if self.peak_flops is None else self.peak_flops / TERA,
@@ -89,7 +102,7 @@ class Session:
         )
 
 
-def build_session(config: TrainConfig, device: Device) -> Session:
+def build_session(config: ResolvedConfig, device: Device) -> Session:
     """Build and wrap the model (collective). ``config`` is resolved and checked."""
     plan, here = PLANS[config.distplan], place(device.rank, tp_degree=config.tp_degree, pp_degree=config.pp_degree)
     seed_generators(config.seed, here)

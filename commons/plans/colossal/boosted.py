@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from commons.config.auto import EAGER_STEPS, wants_compile, wants_functions, wants_graph
-from commons.config.schema import TrainConfig
+from commons.config.auto import EAGER_STEPS
+from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device, compute_dtype
 from commons.distributed.layout import Place, check_mesh
 from commons.distributed.peer_copies import find_peers
@@ -145,7 +145,7 @@ class GraphedTrainable(BoostedTrainable):
             join(manager.chunk_manager._prefetch_stream, torch.cuda.current_stream())
 
 
-def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
+def build_gemini(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     """Wrap the model with :class:`commons.plans.colossal.gemini.SuiteGeminiPlugin` (collective)."""
     prepare(device.type)
     from commons.plans.colossal.model_regions import regions_for
@@ -158,7 +158,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     if placement["placement_policy"] == "static":
         plugin.gemini_config["memstats"] = blocks_first(model)
     peers = find_peers(config, device)
-    graphed = wants_graph(config, device.type, device.world_size, peers is not None)
+    graphed = config.captures_graphs(device.world_size, peers is not None)
     kind = GraphedTrainable if graphed else BoostedTrainable
     trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
     gemini: Any = trainable.model
@@ -171,7 +171,7 @@ def build_gemini(config: TrainConfig, device: Device) -> BoostedTrainable:
     return trainable
 
 
-def _gemini_plugin(config: TrainConfig, device: Device, offloads: bool) -> Any:
+def _gemini_plugin(config: ResolvedConfig, device: Device, offloads: bool) -> Any:
     """The plugin as ``config`` asks. ``offloads``: some of the optimizer's states are kept on the host."""
     from commons.plans.colossal.gemini import SuiteGeminiPlugin
 
@@ -181,7 +181,7 @@ def _gemini_plugin(config: TrainConfig, device: Device, offloads: bool) -> Any:
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
         # a rank alone has its chunks already
-        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,  # pyright: ignore
+        max_prefetch=config.max_prefetch if offloads or device.world_size > config.tp_degree else 0,
         enable_gradient_accumulation=config.grad_accum > 1,
         enable_async_reduce=True,
         pin_memory=True,
@@ -189,11 +189,11 @@ def _gemini_plugin(config: TrainConfig, device: Device, offloads: bool) -> Any:
             config.shape(),
             zero_size=device.world_size // config.tp_degree,
             tp_degree=config.tp_degree,
-            blocks=config.blocks_per_chunk,  # pyright: ignore[reportArgumentType]
+            blocks=config.blocks_per_chunk,
         ),
         tp_size=config.tp_degree,
     )
-    plugin.compiled_adam = wants_compile(config, device.type)
+    plugin.compiled_adam = config.compile == "on"
     plugin.shard_config.make_vocab_size_divisible_by = 1  # model_zoo has padded already; tp_degree divides what it made
     copy, _, part = plugin.pg_mesh.coordinate()  # pyright: ignore[reportGeneralTypeIssues]
     mesh_place = Place(data=copy, pipeline=0, tensor=part)
@@ -202,7 +202,7 @@ def _gemini_plugin(config: TrainConfig, device: Device, offloads: bool) -> Any:
     return plugin
 
 
-def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTrainable:
+def build_zero(config: ResolvedConfig, device: Device, stage: int) -> BoostedTrainable:
     """Wrap the model with LowLevelZeroPlugin of ``stage`` 1 or 2 (collective)."""
     prepare(device.type)
     from colossalai.booster.plugin import LowLevelZeroPlugin
@@ -214,12 +214,12 @@ def build_zero(config: TrainConfig, device: Device, stage: int) -> BoostedTraina
         initial_scale=config.initial_loss_scale,
     )
     model = new_model(config, device, lazy=False)
-    if wants_functions(config, device.type):
+    if config.runs_as_functions:
         run_as_functions(model, functions_for(config, device.type))
     return boost(plugin, model, config, no_sync=stage == 1)
 
 
-def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
+def new_model(config: ResolvedConfig, device: Device, *, lazy: bool) -> nn.Module:
     """The bare model with its initial weights: real on the device, or lazy, to be made parameter by parameter
     into chunks.
     """
@@ -240,7 +240,7 @@ def new_model(config: TrainConfig, device: Device, *, lazy: bool) -> nn.Module:
 def boost(
     plugin: Any,
     model: nn.Module,
-    config: TrainConfig,
+    config: ResolvedConfig,
     *,
     no_sync: bool,
     trainable: type[BoostedTrainable] = BoostedTrainable,

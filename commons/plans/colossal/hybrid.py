@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, check_mesh
 from commons.plans.colossal.boosted import BoostedTrainable, boost, new_model
@@ -40,7 +40,7 @@ class PipelinedBoostedTrainable(BoostedTrainable):
         return outcome["loss"]
 
 
-def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
+def build_hybrid(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     """Wrap the model with HybridParallelPlugin (collective)."""
     prepare(device.type)
     from colossalai.booster.plugin import HybridParallelPlugin
@@ -52,7 +52,7 @@ def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
         pp_size=config.pp_degree,
         sp_size=1,  # the sequence is shared out over the tensor-parallel ranks
         # with one copy of the model there is nothing to share, and ZeRO's buckets would only cost
-        zero_stage=config.zero_stage if data_parallel_size > 1 else 0,  # pyright: ignore[reportArgumentType]
+        zero_stage=config.zero_stage if data_parallel_size > 1 else 0,
         precision=config.precision,
         max_norm=config.clip_grad_norm,
         initial_scale=config.initial_loss_scale,
@@ -72,7 +72,7 @@ def build_hybrid(config: TrainConfig, device: Device) -> BoostedTrainable:
     return boost(plugin, model, config, no_sync=plugin.zero_stage < 2, trainable=trainable)
 
 
-def _check_place(plugin: Any, config: TrainConfig, device: Device) -> None:
+def _check_place(plugin: Any, config: ResolvedConfig, device: Device) -> None:
     axes = (plugin.dp_axis, plugin.pp_axis, plugin.tp_axis)
     mesh_place = Place(*(plugin.pg_mesh.coordinate(axis) for axis in axes))
     check_mesh(device.rank, tp_degree=config.tp_degree, pp_degree=config.pp_degree, mesh_place=mesh_place)

@@ -14,8 +14,7 @@ from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.gemini_ddp import GeminiDDP
 from torch import nn
 
-from commons.config.auto import wants_compile
-from commons.config.schema import TrainConfig
+from commons.config.resolved import ResolvedConfig
 from commons.lifecycle.notices import say
 from commons.model.compile import CompiledFunction, announced, functions_for
 from commons.model.gpt2 import (
@@ -83,7 +82,7 @@ class ModelRegions:
                     region.function.fall_back(error)
 
 
-def regions_for(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> ModelRegions | None:
+def regions_for(gemini: GeminiDDP, config: ResolvedConfig, device_type: str) -> ModelRegions | None:
     """The model's regions, compiled or not, as ``config`` asks; says so where that cannot be.
 
     Returns:
@@ -95,7 +94,7 @@ def regions_for(gemini: GeminiDDP, config: TrainConfig, device_type: str) -> Mod
         say("tensor parallelism communicates inside of blocks: Gemini runs with a hook per operation, uncompiled")
         return None
     regions = ModelRegions(gemini, functions_for(config, device_type))
-    if wants_compile(config, device_type):
+    if config.compile == "on":
         with announced("the model's blocks, embedding and loss"), attention_backend(config.attention):
-            regions.warm_up(config.batch_size, config.seq_len)  # pyright: ignore[reportArgumentType]
+            regions.warm_up(config.batch_size, config.seq_len)
     return regions

@@ -1,0 +1,49 @@
+"""Checks of where a run writes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from commons.cli.job import Job
+from commons.lifecycle.job import read_job
+
+MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after the run
+
+
+def output(job: Job) -> Iterator[str]:
+    folder, name = Path(job.config.log_dir), job.config.run_name
+    yield from folder_problem(folder)
+    if "run_name" not in job.typed:
+        return
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or len(name) > MAX_RUN_NAME:
+        yield (
+            f"--run_name {name!r} must be a folder's name of at most {MAX_RUN_NAME} characters, inside"
+            f" --log_dir: use one without '/', for example --run_name {_plain(name)}"
+        )
+    elif (folder / name / "config.json").exists() and read_job().attempt == 1:
+        yield (f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that folder away")
+
+
+def folder_problem(folder: Path) -> Iterator[str]:
+    """Whether ``folder`` could be made and written to. Only trying tells; what is tried leaves no trace."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        yield f"--log_dir {folder}: {existing} is a file, not a folder: choose another --log_dir"
+        return
+    try:
+        tempfile.TemporaryDirectory(prefix=".write_test_", dir=existing).cleanup()
+    except OSError as error:
+        yield (
+            f"--log_dir {folder}: nothing can be written in {existing} ({error.strerror}): choose another"
+            " --log_dir, or make that one writable"
+        )
+
+
+def _plain(name: str) -> str:
+    """The name without what may not be in it, as a suggestion."""
+    kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._-")
+    return kept[:MAX_RUN_NAME] or "my_run"
