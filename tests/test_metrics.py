@@ -356,6 +356,32 @@ def test_peaks_of_memory_are_over_all_steps_and_name_their_rank() -> None:
     assert (on_cpu["peak_device_memory_mib"], on_cpu["peak_device_memory_rank"]) == (None, None)
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("highest", [1, 2, 3])
+def test_a_peak_of_memory_counts_in_whichever_step_it_is(where: str, highest: int) -> None:
+    """Steps 1 and 2 are the warm-up."""
+    field = {"device": "device_memory_peak_mib", "host": "host_memory_mib"}[where]
+    records = [
+        record(step, **{field: 50.0 if step == highest else 20.0, f"{where}_memory_peak_rank": step})
+        for step in (1, 2, 3)
+    ]
+    summary = summarize(records, warmup_step=2)
+    assert (summary[f"peak_{where}_memory_mib"], summary[f"peak_{where}_memory_rank"]) == (50.0, highest)
+
+
+@pytest.mark.parametrize(("warmup", "measured"), [(0, [1, 2, 3]), (1, [2, 3]), (2, [3]), (3, []), (4, [])])
+def test_the_warm_up_ends_after_its_last_step(warmup: int, measured: list[int]) -> None:
+    summary = summarize(records_of([1.0, 2.0, 3.0]), warmup_step=warmup)
+    assert summary["steps_measured"] == len(measured)
+    assert summary["step_seconds"]["median"] == (numpy.median(measured) if measured else None)
+
+
+def test_a_streak_begins_after_the_last_finite_loss() -> None:
+    for bad in range(4):
+        records = records_of([math.nan] * 2 + [1.0] + [math.inf] * bad, field="loss")
+        assert [each.step for each in bad_streak(records)] == list(range(4, 4 + bad))
+
+
 def test_skipped_steps_are_the_total() -> None:
     assert summarize([record(1, skipped_steps=1), record(2, skipped_steps=2)], warmup_step=1)["skipped_steps"] == 2
 

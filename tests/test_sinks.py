@@ -38,6 +38,7 @@ from commons.reporting.console_layout import (
 )
 from commons.reporting.header import RunHeader
 from commons.reporting.record import StepRecord
+from commons.reporting.sinks import registry
 from commons.reporting.sinks.metrics_file import JsonlSink
 from commons.reporting.sinks.patient_stream import DRAIN_SECONDS, MOST_PENDING_BYTES, PatientStream
 from commons.reporting.sinks.registry import SINKS, open_sinks, start_run_folder
@@ -474,12 +475,22 @@ def test_every_sink_fails_in_one_line(name: str, tmp_path: Path) -> None:
     assert re.fullmatch(rf"cannot write {re.escape(place)}: File too large; .+\n", done.stderr.decode())
 
 
-def test_no_sink_is_left_open_when_another_cannot_be_opened(tmp_path: Path) -> None:
+class ClosingSink(SummarySink):
+    """Remembers that it was closed."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_no_sink_is_left_open_when_another_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ClosingSink(tmp_path / "summary.json")
+    monkeypatch.setattr(registry, "SINKS", {"first": lambda run: first, "console.log": SINKS["console.log"]})
     (tmp_path / "console.log").symlink_to(tmp_path / "nowhere" / "console.log")
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SinkError, match=r"console\.log"), open_sinks(Config.at(tmp_path), HEADER, 0):
         pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert first.closed
 
 
 def test_a_killed_run_keeps_every_step(tmp_path: Path) -> None:

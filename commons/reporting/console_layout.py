@@ -93,7 +93,7 @@ def _batch(header: RunHeader) -> str:
             f"{header.grad_accum} accumulated" if header.grad_accum > 1 else "",
             f"{header.global_batch_size} in all",
             f"sequence {header.seq_len:,}",
-            f"{header.global_batch_size * header.seq_len:,} tokens per step",
+            f"{header.global_batch_size * header.seq_len:,} tokens",
         ]
     )
 

@@ -163,7 +163,7 @@ def stated_commit(environ: Mapping[str, str]) -> str | None:
 
 
 def nvidia_driver(proc_file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The NVIDIA driver's version, from the kernel module or, where that tells nothing (WSL), nvidia-smi."""
+    """The NVIDIA driver's version, from the kernel module or, where that says nothing (WSL), nvidia-smi."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", proc_file.read_text())
         if found:

@@ -1,7 +1,7 @@
 """FLOPs per token of a model and of its matrix products, and the rates made of them. Pure functions.
 
-**Model FLOPs** are what the model needs, whatever the implementation does: 6N + 12·L·h·S a token for a
-forward and a backward pass, with N parameters, L layers, hidden size h and sequence length S (Kaplan et al.
+**Model FLOPs** are what the model needs, whatever the implementation does: 6N + 12·L·h·S per token for
+forward and backward, with N parameters, L layers, hidden size h and sequence length S (Kaplan et al.
 2020, section 2.1; Chowdhery et al. 2022, "PaLM", appendix B). N leaves out position embeddings, which are
 only looked up, and the vocabulary's padding rows, which no model needs; it takes the token embedding once,
 for the matmul of the tied head. 6N counts biases and layer norms as if they were matmuls: 1.3 % of N on
@@ -27,20 +27,20 @@ FUSED_ATTENTIONS = ("sdpa", "flash")
 
 
 def model_flops_per_token(shape: ModelShape, seq_len: int) -> float:
-    """FLOPs a token that training needs, forward and backward: 6N + 12·L·h·S; sources in the module."""
+    """FLOPs per token that training needs, forward and backward: 6N + 12·L·h·S; sources in the module."""
     return 6.0 * flops_parameter_count(shape) + 12.0 * shape.layers * shape.hidden * seq_len
 
 
 def hardware_flops_per_token(
     shape: ModelShape, seq_len: int, *, recompute: str, attention: str, dropout: float = 0.0
 ) -> float:
-    """FLOPs a token of the matmuls that really run, forward and backward.
+    """FLOPs per token of the matmuls that really run, forward and backward.
 
     Its terms, h being the hidden size and S the sequence length:
 
-    - blocks: 24·h² a layer forward (12·h² weights), twice that backward;
+    - blocks: 24·h² per layer forward (12·h² weights), twice that backward;
     - head: 2·h·(padded vocabulary) forward, twice that backward: padding columns are computed in vain;
-    - attention: scores and weighted values, 4·h·S a layer forward. Backward "eager" does four matmuls of that
+    - attention: scores and weighted values, 4·h·S per layer forward. Backward "eager" does four matmuls of that
       kind (8·h·S), a fused kernel ("sdpa", "flash") does five (10·h·S), since it computes the scores again.
       On a CPU "sdpa" with dropout is not fused, and this is 2·h·S too much there;
     - recompute: with activation checkpointing "on" each layer's forward once more. torch's non-reentrant
@@ -85,7 +85,7 @@ def tokens_per_second(tokens: int, seconds: float) -> float:
 
 
 def tflops_per_device(flops_per_token: float, tokens: int, seconds: float, devices: int) -> float:
-    """10^12 FLOPs a second and device, for ``tokens`` that ``devices`` process together in ``seconds``."""
+    """10^12 FLOPs per second and device, for ``tokens`` that ``devices`` process together in ``seconds``."""
     return flops_per_token * tokens_per_second(tokens, seconds) / devices / TERA
 
 

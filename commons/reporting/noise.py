@@ -1,7 +1,7 @@
 """Keeps the libraries' chatter out of the console, and leaves in it every warning that could matter.
 
 Nothing is silenced wholesale: what goes is listed here line by line, each with the reason why it says nothing
-to somebody who trains a GPT-2 with this suite. A message that is in no table is shown.
+to anyone who trains a GPT-2 with this suite. A message that is in no table is shown.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ KNOWN_LOG_LINES = (
         "colossalai",
         logging.INFO,
         r"",
-        "tells of its own progress, and from which source line; the step lines tell of the run's",
+        "reports its own progress and the source line; the step lines report the run's",
     ),
     KnownLogLine(
         "torch._higher_order_ops.wrap",

@@ -9,7 +9,7 @@ TERA = 1e12
 
 
 class PeakRates(NamedTuple):
-    """Dense datasheet rates of one kind of device, in 10^12 FLOPs a second; None: the device cannot.
+    """Dense datasheet rates of one kind of device, in 10^12 FLOPs per second; None: the device cannot.
 
     Attributes:
         name: a regular expression for the whole device name, lower case and without "NVIDIA".
@@ -28,8 +28,8 @@ class PeakRates(NamedTuple):
 
 # Datasheets state tensor rates with 2:4 sparsity; half of that is the dense rate here.
 DATACENTER_PEAKS = (
-    PeakRates(r"gb200", 2500, 2500, 80, "GB200 NVL72 datasheet, a GPU"),
-    PeakRates(r"b200", 2250, 2250, 75, "HGX B200 datasheet, a GPU"),
+    PeakRates(r"gb200", 2500, 2500, 80, "GB200 NVL72 datasheet, per GPU"),
+    PeakRates(r"b200", 2250, 2250, 75, "HGX B200 datasheet, per GPU"),
     PeakRates(r"b100", 1750, 1750, 60, "Blackwell architecture technical brief, HGX B100"),
     PeakRates(r"h200", 989.4, 989.4, 66.9, "H200 datasheet, SXM"),
     PeakRates(r"h200 nvl", 835.5, 835.5, 60, "H200 datasheet, NVL"),
@@ -104,7 +104,7 @@ GEFORCE_CARDS = (
 
 
 def _geforce_peak(card: GeForce) -> PeakRates:
-    """One fused multiply-add a core and cycle in fp32; twice that on tensor cores with fp32 accumulation.
+    """One fused multiply-add per core and cycle in fp32; twice that on tensor cores with fp32 accumulation.
 
     So it is in all three generations: GA102 whitepaper table 2, Ada whitepaper appendix A, RTX Blackwell
     whitepaper appendix A. With fp16 accumulation the tensor cores do twice as much, which no training uses.
@@ -119,7 +119,7 @@ PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The datasheet's dense peak of a device, in FLOPs a second (not tera).
+    """The datasheet's dense peak of a device, in FLOPs per second (not tera).
 
     The whole name has to match: a laptop's card, a MIG slice, a model not in the table give None, no guess.
 

@@ -12,7 +12,7 @@ class StepRecord:
 
     Attributes:
         step: number of the step, from 1.
-        loss: mean cross-entropy in nats a token, over micro-batches and data-parallel ranks.
+        loss: mean cross-entropy in nats per token, over micro-batches and data-parallel ranks.
         lr: learning rate that the step used.
         grad_norm: L2 norm of the whole gradient before clipping, where the plan computes it.
         step_seconds: from the step's start to the device's end of work on it; the slowest rank's.
@@ -20,8 +20,8 @@ class StepRecord:
         backward_seconds: part of it spent in backward passes, communication that overlaps them included.
         optimizer_seconds: part of it spent in clipping and the optimizer's update.
         tokens_per_second: of all devices together.
-        model_tflops_per_device: model FLOPs a second and device, in 10^12; see :func:`model_flops_per_token`.
-        hardware_tflops_per_device: FLOPs that really run, likewise; see :func:`hardware_flops_per_token`.
+        model_tflops_per_device: model FLOPs per second and device, in 10^12; see commons.reporting.flops.
+        hardware_tflops_per_device: FLOPs that really run, likewise; see there.
         mfu: model FLOPs over the device's peak, a fraction (0.5 is 50 %).
         skipped_steps: steps so far, this one included, whose update was skipped for an fp16 overflow.
         device_memory_allocated_mib: held by tensors at the step's end, MiB; the most of any rank, as below.

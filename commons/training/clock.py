@@ -111,7 +111,7 @@ def memory_use(device: Device, replayed_bytes: int = 0, shared_bytes: int = 0) -
 def _resident_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: the peak is what the system tells
+    except OSError:  # not Linux: the system knows only the peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return pages * resource.getpagesize()
 

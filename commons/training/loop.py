@@ -55,7 +55,7 @@ def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRe
     The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
 
     Args:
-        guard: told what this rank does; it says how the run ended if that is before the last step: at a signal
+        guard: follows what this rank does; it says how the run ended if that is before the last step: at a signal
             that any rank got, or after ``--max_bad_steps``.
     """
     guard, config, bad = guard or Guard(), session.config, []

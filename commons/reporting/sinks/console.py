@@ -31,7 +31,7 @@ class _Screen(Console):
         return False
 
     def on_broken_pipe(self) -> None:
-        # rich would exit here and now; the sinks are to be closed and the user told first.
+        # rich would exit here and now; the sinks have to be closed and the user informed first.
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 

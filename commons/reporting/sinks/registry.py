@@ -15,7 +15,7 @@ from commons.reporting.sinks.sink import RunFacts, Sink
 from commons.reporting.sinks.summary_file import open_summary_file
 from commons.reporting.writing import write_json, writing
 
-# In the order in which they are opened and told: a step is on the disk before it is on the screen. An entry returns
+# In the order in which they are opened and called: a step is on the disk before it is on the screen. An entry returns
 # None where its sink is not wanted.
 SINKS: dict[str, Callable[[RunFacts], Sink | None]] = {
     "metrics.jsonl": open_metrics_file,
