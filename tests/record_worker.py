@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from commons.cli.flags import read_config
-from commons.distributed import device
+from commons.distributed import process_group
 from commons.lifecycle import leaving
 from commons.training.loop import train_steps
 from commons.training.session import build_session
@@ -25,7 +25,7 @@ BALLAST_RANK, BALLAST_MIB = 2, 512
 
 def main(flags: list[str]) -> None:
     config = read_config(flags)
-    here = device.launch(config.device, 120)
+    here = process_group.launch(config.device, 120)
     session = build_session(config, here)
     steps = train_steps(session)
     next(steps)

@@ -14,6 +14,8 @@ COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "cla
 # The first is Gemini's warm-up and fills the libraries' caches. Few enough that the capture itself is among the
 # steps that the medians leave out.
 EAGER_STEPS = 1
+# What torch's own wrappers send goes by NCCL, whose kernels can be captured; Gemini's passes only without them.
+CAPTURED_PLANS = ("CAI_Gemini", "Pytorch_DDP", "Pytorch_ZeRO", "Pytorch_FSDP")
 
 
 def compile_problem(device_type: str) -> str | None:
@@ -52,18 +54,32 @@ def graph_problems(
 ) -> tuple[str, ...]:
     """Where the passes cannot be captured, one reason each. ``peer_copies``: ranks copy from each other's memory."""
     several = config.data_parallel_size(world_size) > 1
+    of_the_plan = (
+        _gemini_graph_problems(config, several, peer_copies)
+        if config.distplan == "CAI_Gemini"
+        else ((config.compile == "off", "without --compile"),)
+    )
     rules = (
         (device_type != "cuda", "on a CPU"),
-        (config.distplan != "CAI_Gemini", f"under {config.distplan}"),
+        (config.distplan not in CAPTURED_PLANS, f"under {config.distplan}"),
+        *of_the_plan,
+        (config.precision == "fp16", "in fp16, which looks for infinities"),
+        (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
+        (config.dropout > 0, "under --dropout"),
+        (config.train_step is not None and config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
+    )
+    return tuple(text for applies, text in rules if applies)
+
+
+def _gemini_graph_problems(
+    config: TrainConfig, several: bool, peer_copies: bool
+) -> tuple[tuple[bool | float | None, str], ...]:
+    return (
         (several and not peer_copies, "on several data-parallel ranks without --peer_copies"),
         # freed beside the computing stream, which a capture does only at its end; what is replicated is never freed
         (
             several and config.max_prefetch == 0 and config.shard_param_frac != 0,
             "under --max_prefetch 0 on several ranks, which would keep all chunks gathered",
         ),
-        (config.precision == "fp16", "in fp16, which looks for infinities"),
-        (config.grad_accum > 1, "under --grad_accum, whose passes differ"),
-        (config.dropout > 0, "under --dropout"),
-        (config.train_step is not None and config.train_step <= EAGER_STEPS, f"in the first {EAGER_STEPS + 1} steps"),
+        *((True, text) for text in chunk_problems(config)),
     )
-    return (*(text for applies, text in rules if applies), *chunk_problems(config))

@@ -106,8 +106,9 @@ class ResolvedConfig(TrainConfig):
         return name not in self.chosen
 
     def captures_graphs(self, world_size: int, peer_copies: bool) -> bool:
-        """Whether the passes are captured where ranks have turned out to copy (``peer_copies``) or not."""
-        return self.cuda_graph == "on" and (peer_copies or self.data_parallel_size(world_size) == 1)
+        """Whether the passes are captured where Gemini's ranks have turned out to copy (``peer_copies``) or not."""
+        needs_copies = self.distplan == "CAI_Gemini" and self.data_parallel_size(world_size) > 1
+        return self.cuda_graph == "on" and (peer_copies or not needs_copies)
 
 
 @dataclass(frozen=True)

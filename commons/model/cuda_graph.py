@@ -88,6 +88,64 @@ class StepGraph:
         self._backward_graph.replay()
 
 
+class WholeStepGraph:
+    """A forward and its backward pass, captured as one graph.
+
+    For models whose backward pass waits for events of their forward pass, as FSDP2's gathers do: apart from each other
+    these cannot be captured. Capturing runs both passes on the host, and nothing on the device.
+
+    Args:
+        forward: from tokens to the loss.
+        backward: from that loss on.
+        clear: forgets the gradients that a pass has left.
+        tokens: int64 [batch, sequence] on the device, of the shape to come.
+        warm_up_passes: run before, launched, until the model's wrapper arranges and measures nothing of its own.
+
+    Raises:
+        RuntimeError: something in the passes cannot be captured; the model cannot be used any more.
+
+    Attributes:
+        backward_begins: where in a replay the forward pass has ended, an event with timing.
+        peak_bytes: as StepGraph's.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        backward: Callable[[torch.Tensor], None],
+        clear: Callable[[], None],
+        tokens: torch.Tensor,
+        warm_up_passes: int,
+    ) -> None:
+        self._tokens = tokens.clone()
+        self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.backward_begins = torch.cuda.Event(enable_timing=True, external=True)  # pyright: ignore[reportCallIssue]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up_passes):
+                backward(forward(self._tokens))
+                clear()
+        torch.cuda.synchronize()
+        with _captured(self._graph, stream):
+            loss = forward(self._tokens)
+            self.backward_begins.record()
+            backward(loss)
+        self._loss = loss.detach()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+    def replay(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Both passes over ``tokens``. The loss, in memory that the next call overwrites.
+
+        Raises:
+            ValueError: the tokens' shape is not the captured one's.
+        """
+        if tokens.shape != self._tokens.shape:
+            raise ValueError(f"captured for tokens of {tuple(self._tokens.shape)}, called with {tuple(tokens.shape)}")
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._loss
+
+
 @contextmanager
 def _captured(graph: Any, stream: torch.cuda.Stream, **options: Any) -> Iterator[None]:
     """Capture what the block launches. An error of its own is raised, not that of ending a capture that failed."""

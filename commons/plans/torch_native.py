@@ -12,13 +12,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commons.config.auto import EAGER_STEPS
 from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device, compute_dtype
+from commons.distributed.process_group import every_rank
+from commons.lifecycle.notices import say
 from commons.model.compile import functions_for, run_as_functions
+from commons.model.cuda_graph import WholeStepGraph, has_room
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.ops.gradient_norm import clip_, sum_of_squares
 from commons.plans.trainable import Mark, Update, weighted
 from model_zoo import build_model
+
+# Passes that are launched before a capture: DDP measures itself in the first ten, FSDP2 sets itself up in the first.
+DDP_WARM_UP, FSDP_WARM_UP = 11, 2
 
 
 class TorchTrainable:
@@ -90,6 +97,80 @@ class TorchTrainable:
         return norm
 
 
+class CapturedTorchTrainable(TorchTrainable):
+    """The same with both passes captured as one CUDA graph in the second step; see commons.model.cuda_graph.
+
+    Without it the host cannot keep up: two H100s waited for it for a third of gpt2_medium's step under FSDP2
+    (2026-11-27, benchmarks/NOTES.md).
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._steps = self._step_bytes = 0
+        self._graph: WholeStepGraph | None = None
+        self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def forward_backward(self, tokens: torch.Tensor, weight: float, mark: Mark) -> torch.Tensor | None:
+        """The same, its loss in memory that the next call overwrites. Nothing is accumulated: ``weight`` is 1."""
+        self._steps += 1
+        if self._steps == EAGER_STEPS + 1:
+            self._capture(tokens)
+        if self._graph is None:
+            loss = super().forward_backward(tokens, weight, mark)
+            self._step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            return loss
+        mark("forward")
+        loss = self._graph.replay(tokens)
+        mark("backward", self._graph.backward_begins)
+        return loss
+
+    def step(self) -> Update:
+        update = super().step()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient  # where the graph writes it
+        return update
+
+    def _capture(self, tokens: torch.Tensor) -> None:
+        if not every_rank(has_room(self._step_bytes), tokens.device):
+            say("too little free device memory to capture CUDA graphs (--cuda_graph): falling back to eager launches")
+            return
+        passes = DDP_WARM_UP if isinstance(self.model, DistributedDataParallel) else FSDP_WARM_UP
+        self._graph = WholeStepGraph(self.forward, self.backward, self._clear, tokens, passes)
+        self.replayed_bytes = self._graph.peak_bytes
+        self._gradients = [(each, each.grad) for each in self.model.parameters() if each.grad is not None]
+        say("captured forward and backward pass as CUDA graphs, replayed from here on (--cuda_graph)")
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class ShardAdamW(torch.optim.AdamW):
+    """AdamW on this rank's shards of FSDP2's parameters, as plain tensors.
+
+    As DTensors the 292 of gpt2_medium keep the host busy for 10 ms of every step, as tensors for 2 (two H100s,
+    2026-11-27, benchmarks/NOTES.md).
+    """
+
+    def __init__(self, groups: list[dict], **options: Any) -> None:
+        self._shards: list[tuple[Any, nn.Parameter]] = []
+        super().__init__([{**group, "params": [*map(self._shard_of, group["params"])]} for group in groups], **options)
+
+    def _shard_of(self, parameter: Any) -> nn.Parameter:
+        shard = nn.Parameter(parameter.detach().to_local())
+        self._shards.append((parameter, shard))
+        return shard
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter, shard in self._shards:
+            shard.grad = None if parameter.grad is None else parameter.grad.to_local()
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for parameter, _ in self._shards:
+            parameter.grad = None
+
+
 def build(kind: str, config: ResolvedConfig, device: Device) -> TorchTrainable:
     """Wrap the model (collective). ``kind``: "ddp", "zero" or "fsdp"."""
     with torch.device(device.torch_device):
@@ -103,14 +184,33 @@ def build(kind: str, config: ResolvedConfig, device: Device) -> TorchTrainable:
     if config.runs_as_functions:
         run_as_functions(model, functions_for(config, device.type))
     if kind == "fsdp":
-        return _fully_sharded(model, config, device)
-    ddp = DistributedDataParallel(
-        model, device_ids=[device.local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
-    return TorchTrainable(ddp, _adamw(ddp, config, sharded=kind == "zero"), config, device, autocast=True)
+        wrapped = _fully_sharded(model, config, device)
+    else:
+        wrapped = _replicated(model, device, captured=config.cuda_graph == "on")
+    trainable = CapturedTorchTrainable if config.cuda_graph == "on" else TorchTrainable
+    return trainable(wrapped, _adamw(kind, wrapped, config), config, device, kind != "fsdp")
 
 
-def _fully_sharded(model: nn.Module, config: ResolvedConfig, device: Device) -> TorchTrainable:
+def _replicated(model: nn.Module, device: Device, captured: bool) -> DistributedDataParallel:
+    """Wrap the model with DDP. It accumulates gradients on the stream on which it was made, and what is ``captured``
+    may not touch the default stream.
+    """
+    stream = torch.cuda.Stream() if captured else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.local_rank] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # GPT-2's are constant masks
+        )
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+    return wrapped
+
+
+def _fully_sharded(model: nn.Module, config: ResolvedConfig, device: Device) -> nn.Module:
     """Shard every block on its own and the rest together; parameters are cast to the compute dtype when they
     are gathered.
     """
@@ -126,11 +226,11 @@ def _fully_sharded(model: nn.Module, config: ResolvedConfig, device: Device) -> 
     for block in model.transformer.h:  # pyright: ignore
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return TorchTrainable(model, _adamw(model, config, sharded=False), config, device, autocast=False)
+    return model
 
 
-def _adamw(model: nn.Module, config: ResolvedConfig, sharded: bool) -> torch.optim.Optimizer:
-    """Fused AdamW, its states spread over the data-parallel ranks if ``sharded``."""
+def _adamw(kind: str, model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
+    """Fused AdamW; for "zero" its states are spread over the data-parallel ranks."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     arguments: dict = {
@@ -140,6 +240,8 @@ def _adamw(model: nn.Module, config: ResolvedConfig, sharded: bool) -> torch.opt
         "fused": True,
     }
     groups = decay_groups(model, config.weight_decay)
-    if sharded:
+    if kind == "zero":
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **arguments)
+    if kind == "fsdp" and config.precision != "fp16":  # whose scaler asks all ranks about DTensors only
+        return ShardAdamW(groups, **arguments)
     return torch.optim.AdamW(groups, **arguments)

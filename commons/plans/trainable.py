@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,8 +24,12 @@ class Update:
     skipped: bool
 
 
-Mark = Callable[[str], object]
-"""Called with the name of a phase, "forward" or "backward", as it begins; see commons.distributed.device.PhaseClock."""
+class Mark(Protocol):
+    """Called with the name of a phase, "forward" or "backward", as it begins, or with the event of a captured graph
+    that says when; see commons.training.clock.PhaseClock.
+    """
+
+    def __call__(self, phase: str, at: torch.cuda.Event | None = None) -> object: ...
 
 
 class Trainable(Protocol):

@@ -58,13 +58,13 @@ class PhaseClock:
         self._marks.clear()
         self._start = time.perf_counter()
 
-    def mark(self, phase: str) -> None:
-        """``phase``, one of ``TIMED_PHASES``, begins here and lasts until the next mark. A phase may come more than
-        once; times add up.
+    def mark(self, phase: str, at: torch.cuda.Event | None = None) -> None:
+        """``phase``, one of ``TIMED_PHASES``, begins here, or at the event that a captured graph records, and lasts
+        until the next mark. A phase may come more than once; times add up.
         """
         if self._on_phase is not None:
             self._on_phase(phase)
-        self._marks.append((phase, self._now()))
+        self._marks.append((phase, self._now() if at is None else at))
 
     def stop(self) -> StepTiming:
         """Wait for the device and read the clocks."""
