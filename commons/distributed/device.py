@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commons.lifecycle.cpu_name import cpu_name
 from commons.lifecycle.outcome import attempt_number
 
 if TYPE_CHECKING:
@@ -85,16 +85,6 @@ def detect_type(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def cpu_name() -> str:
-    """The CPU's model name from /proc/cpuinfo, or what the platform module knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def free_port() -> int:
