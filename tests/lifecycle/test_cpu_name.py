@@ -15,7 +15,7 @@ from commons.lifecycle.cpu_name import cpu_name
     [
         (
             "processor\t: 0\nmodel\t\t: 85\nmodel name\t: A 7\nprocessor\t: 1\nmodel name\t: B\n",
-            "AMD EPYC 7763",
+            "A 7",
         ),
         ("processor\t: 0\nBogoMIPS\t: 48.00\n\nHardware\t: BCM2711\nModel\t\t: Raspberry Pi 4\n", "BCM2711"),
         ("processor\t: 0\nmodel name\t: \nprocessor\t: 1\n", None),
