@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import wsl_world
 from suite_runs import REPOSITORY, run_processes
 from test_launcher import Launched, wait_until_gone
+from worlds import wsl_world
 
 from commons.doctor import explanation, needs_no_traceback
 from commons.doctor.machine import Machine

@@ -186,7 +186,7 @@ COSINE = [1.0, 0.9238795325, 0.7071067812, 0.3826834324, 0.0, -0.3826834324, -0.
     ],
 )
 def test_learning_rate_by_hand(schedule: Any, warmup: int, steps: int, expected: list[float]) -> None:
-    config = TrainConfig(lr=1e-3, lr_schedule=schedule, lr_warmup_step=warmup, train_step=steps)
+    config = TrainConfig(lr=1e-3, lr_schedule=schedule, lr_warmup_step=warmup, train_step=steps).resolve("cpu")
     assert [learning_rate(config, step) for step in range(1, steps + 1)] == pytest.approx(expected, rel=1e-8)
 
 

@@ -5,9 +5,7 @@ that branches on cuda or cpu.
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -75,13 +73,3 @@ def hide_gpus() -> None:
     (commons.distributed.process_group.launch), before CUDA is first asked: afterwards it would change nothing.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def cpu_name() -> str:
-    """The CPU's model name from /proc/cpuinfo, or what the platform module knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

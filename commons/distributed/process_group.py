@@ -7,7 +7,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from commons.distributed.device import Device, cpu_name, hide_gpus
+from commons.distributed.device import Device, hide_gpus
+from commons.lifecycle.cpu_name import cpu_name
 from commons.lifecycle.job import read_job
 
 if TYPE_CHECKING:

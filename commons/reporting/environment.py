@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from commons.lifecycle.cpu_name import cpu_name
 from commons.lifecycle.job import read_job
 from commons.lifecycle.suite_root import SUITE_ROOT
 
@@ -74,7 +75,7 @@ def describe_environment(
         "torch_cuda": lambda: _loaded_torch().version.cuda,
         "nccl": _nccl_version,
         "nvidia_driver": nvidia_driver,
-        "cpu": _cpu_model,
+        "cpu": lambda: cpu_name() or None,
         "cpu_cores": os.cpu_count,
         "cpu_cores_usable": _usable_cores,
         "host_memory_mib": _host_memory_mib,
@@ -225,11 +226,6 @@ def _gpus() -> list[str]:
 def _nccl_version() -> str | None:
     cuda = _loaded_torch().cuda
     return ".".join(map(str, cuda.nccl.version())) if cuda.is_available() else None
-
-
-def _cpu_model() -> str | None:
-    names = re.findall(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return names[0].strip() if names else platform.processor() or platform.machine() or None
 
 
 def _usable_cores() -> int:

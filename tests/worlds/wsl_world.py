@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fake_machine import compile_libcuda
 from suite_runs import REPOSITORY
+from worlds.fake_machine import compile_libcuda
 
 from commons.doctor.machine import Machine
 from commons.doctor.probes import mapped_libraries
