@@ -1,4 +1,4 @@
-"""CHECKS and SYMPTOMS: machines without troubles, README's error texts, robustness."""
+"""CHECKS and SYMPTOMS: machines without troubles, docs/troubleshooting.md's error texts, robustness."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def beside_others(machine: FakeMachine) -> FakeMachine:
     return machine.with_environment(NNODES="2")
 
 
-# README's case -> the machine in that trouble
-README_MACHINES: dict[int, tuple[str, Callable[[FakeMachine], FakeMachine]]] = {
+# a case of docs/troubleshooting.md -> the machine in that trouble
+CASE_MACHINES: dict[int, tuple[str, Callable[[FakeMachine], FakeMachine]]] = {
     1: ("wsl", shadow),
     2: ("linux", lambda machine: machine.with_torch("2.13.0+cpu", None)),
     3: ("linux", lambda machine: machine.with_torch("2.13.0", "13.0")),
@@ -103,9 +103,9 @@ README_MACHINES: dict[int, tuple[str, Callable[[FakeMachine], FakeMachine]]] = {
 CASES_WITHOUT_A_TEXT = {4, 6}  # nothing is said there but that there is no GPU
 
 
-def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
-    """README's troubleshooting: a case's number -> the texts quoted in its heading, and its finding ids."""
-    section = (REPOSITORY / "README.md").read_text().split("\n## Troubleshooting\n")[1]
+def documented_cases() -> dict[int, tuple[list[str], set[str]]]:
+    """docs/troubleshooting.md: a case's number -> the texts quoted in its heading, and its finding ids."""
+    section = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     cases = re.findall(r"^(\d+)\. \*\*(.*?)\*\*(.*?)(?=^\d+\. |^<details>)", section, re.MULTILINE | re.DOTALL)
     return {
         int(number): (
@@ -117,13 +117,13 @@ def readme_cases() -> dict[int, tuple[list[str], set[str]]]:
 
 
 def test_every_case_of_the_readme_that_quotes_a_text_has_a_machine() -> None:
-    cases = readme_cases()
-    assert set(cases) == set(README_MACHINES) | CASES_WITHOUT_A_TEXT
+    cases = documented_cases()
+    assert set(cases) == set(CASE_MACHINES) | CASES_WITHOUT_A_TEXT
     assert {number for number, (texts, _) in cases.items() if not texts} == CASES_WITHOUT_A_TEXT
     assert all(ids for _, ids in cases.values())
 
 
-README_TEXTS = [(number, text) for number, (texts, _) in readme_cases().items() for text in texts]
+CASE_TEXTS = [(number, text) for number, (texts, _) in documented_cases().items() for text in texts]
 
 # what else the same machines make torch, torchrun and NVIDIA's tools say
 OTHER_TEXTS = [
@@ -137,11 +137,11 @@ OTHER_TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "text"), README_TEXTS + OTHER_TEXTS)
+@pytest.mark.parametrize(("case", "text"), CASE_TEXTS + OTHER_TEXTS)
 def test_a_text_leads_to_its_case(case: int, text: str, request: pytest.FixtureRequest) -> None:
-    kind, breaks = README_MACHINES[case]
+    kind, breaks = CASE_MACHINES[case]
     explained = {finding.id for finding in explain_failure(text, breaks(request.getfixturevalue(kind)))}
-    assert explained & readme_cases()[case][1], explained
+    assert explained & documented_cases()[case][1], explained
 
 
 def test_a_check_that_breaks_is_a_warning(linux: FakeMachine) -> None:

@@ -32,7 +32,7 @@ def test_only_the_standard_library() -> None:
 
 def test_old_pythons_can_read_the_first_files() -> None:
     """Neither f-strings nor annotations in what an old Python reads before it is refused."""
-    for path in (REPOSITORY / "commons" / "__init__.py", DOCTOR / "__init__.py"):
+    for path in (REPOSITORY / "commons" / "__init__.py", DOCTOR / "__main__.py", DOCTOR / "__init__.py"):
         text = path.read_text()
         text.encode("ascii")
         for node in ast.walk(ast.parse(text)):
@@ -49,7 +49,7 @@ def test_old_pythons_get_a_sentence(name: str) -> None:
     if not path or not works:
         pytest.skip(f"no {name} here")
     done = subprocess.run(
-        [path, "-B", "-m", "commons.doctor", "--json"],
+        [path, "-B", "commons/doctor", "--json"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
