@@ -15,6 +15,7 @@ One step, from the top down:
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -165,6 +166,9 @@ class SuiteGeminiPlugin(GeminiPlugin):
             extra_dp_group=self.extra_dp_group,
             verbose=self.verbose,
         )
+        # upstream's own looks at the whole call stack for the one debug line of a backward pass, whether written or not
+        quiet: Any = logging.getLogger("colossalai.gemini")
+        gemini._logger = quiet
         suite_optimizer = SuiteGeminiOptimizer(
             optimizer,
             gemini,
