@@ -16,20 +16,25 @@ from commons.cli.flags import read_config
 from commons.config.schema import TrainConfig
 from commons.distributed import device
 from commons.doctor import explain_uncaught
+from commons.lifecycle.caches import settle_caches
 from commons.lifecycle.guard import Guard, on_duty
 from commons.lifecycle.heartbeat import group_timeout_seconds
+from commons.lifecycle.standard_streams import open_closed_streams
 from commons.reporting.noise import quiet_libraries
+from commons.reporting.run_folder import with_own_folder
 from commons.reporting.run_log import open_log
 
 
 def main(argv: list[str]) -> None:
+    open_closed_streams()
+    settle_caches()
     with on_duty() as guard:  # signals and errors end the run in order from here on
         config = read_config(argv)
         quiet_libraries()
         guard.beat("join")
         guard.timeout_seconds = config.timeout
         here = device.launch(config.device, group_timeout_seconds(config.timeout))
-        train(config.named(here.world_size), here, guard)
+        train(with_own_folder(config, here.world_size, here.rank), here, guard)
         guard.leave()
 
 

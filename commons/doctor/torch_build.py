@@ -10,10 +10,10 @@ from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import CudaDevice, Machine
 from commons.doctor.packages import shared_cuda_libraries
 from commons.doctor.smi import driver_cuda, smi
+from commons.doctor.versions import GPU_TORCH, GPU_TORCH_RESULT
 
 # pip's default build of torch is for CUDA 12 up to 2.10 (12.4, 12.6, then 12.8) and for CUDA 13 from 2.11 on
 NEWEST_TORCH_WITH_CUDA_12 = "2.10.0"
-NEWEST_TORCH_TESTED = "2.13.0"
 # the last release whose default build has code for Pascal and Volta (6.0 to 7.0)
 NEWEST_TORCH_FOR_OLD_GPUS = "2.7.1"
 OLDEST_CURRENT_CAPABILITY = (7, 5)
@@ -32,9 +32,9 @@ def install(machine: Machine, version: str) -> str:
 
 
 def default_version(machine: Machine) -> str:
-    """The newest tested torch whose default build the driver can run."""
+    """The tested torch whose default build the driver can run."""
     newest = driver_cuda(machine)
-    return NEWEST_TORCH_TESTED if newest is None or newest >= (13, 0) else NEWEST_TORCH_WITH_CUDA_12
+    return GPU_TORCH if newest is None or newest >= (13, 0) else NEWEST_TORCH_WITH_CUDA_12
 
 
 def choose_torch(machine: Machine, pinned: str) -> tuple[str, str]:
@@ -56,7 +56,7 @@ def choose_torch(machine: Machine, pinned: str) -> tuple[str, str]:
         return NEWEST_TORCH_FOR_OLD_GPUS, f"newer ones have no code for {old[0].name}"
     if newest < (13, 0):
         return NEWEST_TORCH_WITH_CUDA_12, f"{driver}, and torch {pinned} is built for CUDA 13"
-    return pinned, ""
+    return GPU_TORCH, f"the one that the GPU tests have passed with ({GPU_TORCH_RESULT})"
 
 
 def torch_build(machine: Machine) -> Iterator[Finding]:

@@ -29,7 +29,9 @@ ATTEMPT_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 
 class RunError(Exception):
-    """Ends the run with exit code 1. Its text says all there is to say: no traceback is shown."""
+    """Ends the run with ``exit_code``. Its text says all there is to say: no traceback is shown."""
+
+    exit_code = FAILURE
 
 
 @dataclass(frozen=True)
