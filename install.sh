@@ -317,12 +317,12 @@ make_venv() {
     fi
 }
 
-# pip_command: sets $pip, the words before those of an install.
+# pip_command ARGUMENT_OF_ENV...: sets $pip, the words before those of an install.
 # A package on PYTHONPATH would count as installed; BUILD_EXT would compile Colossal-AI's CUDA kernels.
 pip_command() {
     local bar=on
     [[ -t 2 ]] || bar=off
-    pip=(env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET PIP_USER=0 BUILD_EXT=0 "$@"
+    pip=(env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET "$@" PIP_USER=0 BUILD_EXT=0
         "$venv/bin/python" -I -m pip install --no-input --disable-pip-version-check --progress-bar "$bar")
 }
 

@@ -10,33 +10,37 @@ from pathlib import Path
 
 from commons.lifecycle.notices import say
 
-# What the libraries of a run read, and the folder below the cache that it gets. torch, transformers and the kernels
-# that are kept (commons.model.compile) go by XDG_CACHE_HOME.
+# Where the libraries of a run keep things, and the folder below this user's own that each gets. What is not set here
+# goes by XDG_CACHE_HOME: torch, transformers and the kernels that are kept (commons.model.compile).
 CACHE_VARIABLES = {
     "XDG_CACHE_HOME": "",
     "TRITON_HOME": "triton",
     "MPLCONFIGDIR": "matplotlib",
     "CUDA_CACHE_PATH": "nv",
 }
+# Set by users alone; torch makes its folder as soon as it is imported.
+CHOSEN_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton/cache", "HF_HOME": "huggingface"}
 
 
 def settle_caches() -> None:
-    """Where the home folder cannot be written to, let all caches of this process and its children go to a folder of
-    this user's among the temporary ones, and say so. Call it before torch is imported.
+    """Where the home folder, or one that the user chose for a cache, cannot be written to, take a folder of this user's
+    among the temporary ones, and say so. For this process and its children; call it before torch is imported.
     """
-    with contextlib.suppress(KeyError):
+    try:
         pwd.getpwuid(os.getuid())
-        if is_writable(cache_home()):
-            return
-    # torch asks for the user's name too, which an unknown number has not
-    os.environ.setdefault("USER", f"user-{os.getuid()}")
-    if is_writable(cache_home()):
-        return
-    unwritable, folder = cache_home(), own_temporary_folder()
-    for variable, below in CACHE_VARIABLES.items():
-        if variable == "XDG_CACHE_HOME" or not os.environ.get(variable):
-            os.environ[variable] = str(folder / below)
-    say(f"{unwritable} cannot be written to: caches go to {folder} (XDG_CACHE_HOME chooses another place)")
+    except KeyError:  # torch asks for the user's name
+        os.environ.setdefault("USER", f"user-{os.getuid()}")
+    if not is_writable(cache_home()):
+        unwritable, folder = cache_home(), own_temporary_folder()
+        for variable, below in CACHE_VARIABLES.items():
+            if variable == "XDG_CACHE_HOME" or not os.environ.get(variable):
+                os.environ[variable] = str(folder / below)
+        say(f"{unwritable} cannot be written to: caches go to {folder} (XDG_CACHE_HOME chooses another place)")
+    for variable, below in (CACHE_VARIABLES | CHOSEN_VARIABLES).items():
+        chosen = os.environ.get(variable)
+        if chosen and not is_writable(Path(chosen)):
+            os.environ[variable] = str(own_temporary_folder() / below)
+            say(f"{variable}: {chosen} cannot be written to: {os.environ[variable]} is taken")
 
 
 def cache_home() -> Path:

@@ -12,12 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from commons.config.auto import wants_compile
-from commons.lifecycle.caches import cache_home, is_writable, own_temporary_folder
+from commons.lifecycle.caches import cache_home
 from commons.lifecycle.notices import say
 
 if TYPE_CHECKING:
@@ -78,9 +77,6 @@ def keep_cache() -> None:
     # torch puts its own choice, below /tmp, into the variable as soon as parts of it are imported
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
         os.environ[CACHE_VARIABLE] = str(cache_home() / "gemini-gpt2" / "inductor")
-    if not is_writable(Path(os.environ[CACHE_VARIABLE])):
-        unwritable, os.environ[CACHE_VARIABLE] = os.environ[CACHE_VARIABLE], str(own_temporary_folder() / "inductor")
-        say(f"{unwritable} cannot be written to: compiled kernels go to {os.environ[CACHE_VARIABLE]}")
 
 
 class CompiledFunction:
