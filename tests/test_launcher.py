@@ -648,9 +648,18 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, ends
 
 
+def of_another_node(store: Any) -> Any:
+    """Its own connection to node 0's store: one waits at a time on each."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+
+
 def test_cards_are_compared(store: Any) -> None:
     begun: list[str] = []
-    thread, ends = in_thread(lambda: ask(store, Nodes(1, 2, 1), Card({"the version of torch": "2.12"}), 10))
+    thread, ends = in_thread(
+        lambda: ask(of_another_node(store), Nodes(1, 2, 1), Card({"the version of torch": "2.12"}), 10)
+    )
     with pytest.raises(NodesDiffer, match=r"the version of torch is 2\.12 on node 1, 2\.13 on node 0"):
         compare(
             store, Nodes(1, 2), Card({"the version of torch": "2.13"}), 10, lambda: begun.append("") or "", Answer()
@@ -660,7 +669,7 @@ def test_cards_are_compared(store: Any) -> None:
 
 
 def test_a_missing_node_is_named_on_all_that_came(store: Any) -> None:
-    thread, ends = in_thread(lambda: ask(store, Nodes(1, 4, 2), Card({}), 5))
+    thread, ends = in_thread(lambda: ask(of_another_node(store), Nodes(1, 4, 2), Card({}), 5))
     with pytest.raises(MeetingError, match=r"node 1, 3 did not come within 0\.5 s"):
         compare(store, Nodes(1, count=4), Card({}), 0.5, str, Answer())
     thread.join()
@@ -671,7 +680,7 @@ def test_what_keeps_node_0_from_beginning_is_told_on_all(store: Any) -> None:
     def begin() -> str:
         raise FolderInUse(Path("logs/run"))
 
-    thread, ends = in_thread(lambda: ask(store, Nodes(1, 2, 1), Card({}), 5))
+    thread, ends = in_thread(lambda: ask(of_another_node(store), Nodes(1, 2, 1), Card({}), 5))
     with pytest.raises(FolderInUse):
         compare(store, Nodes(1, count=2), Card({}), 5, begin, Answer())
     thread.join()
