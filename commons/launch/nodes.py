@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import selectors
 import socket
 import threading
 import time
@@ -371,19 +372,30 @@ def _not_ours(listener: socket.socket, nodes: Nodes) -> str:
     try:
         with socket.create_connection((nodes.master_addr, nodes.master_port), OWN_ADDRESS_SECONDS) as probe:
             probe.sendall(token)
-            while (left := deadline - time.monotonic()) > 0:
-                listener.settimeout(left)
-                connection, _ = listener.accept()
-                with connection:  # other nodes knock here too
-                    connection.settimeout(POLL_SECONDS)
-                    with contextlib.suppress(TimeoutError):
-                        if connection.recv(len(token)) == token:
-                            return ""
+            if _hears(listener, token, deadline):
+                return ""
     except TimeoutError:
         pass
     except OSError as error:
         return error.strerror or str(error)
     return "another machine answers there"
+
+
+def _hears(listener: socket.socket, token: bytes, deadline: float) -> bool:
+    """Whether a connection to ``listener`` says ``token``. The other nodes knock here too, all of them at a time."""
+    with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                if key.fileobj is listener:
+                    connection = closing.enter_context(listener.accept()[0])
+                    selector.register(connection, selectors.EVENT_READ)
+                    continue
+                selector.unregister(key.fileobj)
+                with contextlib.suppress(ConnectionError):
+                    if key.fileobj.recv(len(token)) == token:  # pyright: ignore[reportAttributeAccessIssue]
+                        return True
+    return False
 
 
 def _addresses_here() -> list[str]:
