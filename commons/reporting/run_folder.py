@@ -20,7 +20,6 @@ from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.outcome import RunError
 from commons.reporting.sinks import writing
 
-LOCK_FILE = ".lock"
 _held: list[int] = []  # open as long as this process lives
 
 
@@ -66,8 +65,10 @@ def with_own_folder(config: TrainConfig, world_size: int, rank: int) -> TrainCon
 
 
 def _lock(folder: Path) -> bool:
-    """Whether the folder is this process's now. A file system that knows no locks refuses nobody."""
-    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    """Whether the folder is this process's now: the folder itself is locked, no file is added. A file system that knows
+    no such locks (NFS) refuses nobody.
+    """
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     _held.append(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
