@@ -15,9 +15,15 @@
 #     GEMINI_VENV=DIR          make the environment there instead of in .venv
 #     GEMINI_USE_ACTIVE=1      use the active environment even if its versions are untested
 #     GEMINI_MIN_FREE_MIB=N    free space asked for before installing
+#     GEMINI_CUDA=1            torch for CUDA, though no NVIDIA GPU is seen here
+#     GEMINI_TORCH_INDEX=URL   where torch for CPUs is taken from, where no NVIDIA GPU is seen (default: PyTorch's own)
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT ...) and proxies are respected.
 
 set -euo pipefail
+# Streams that were closed lead to nowhere: else the next file that is opened would take their place.
+[[ -e /proc/self/fd/0 ]] || exec </dev/null
+[[ -e /proc/self/fd/1 ]] || exec >/dev/null
+[[ -e /proc/self/fd/2 ]] || exec 2>/dev/null
 
 root="$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 venv="${GEMINI_VENV:-$root/.venv}"
@@ -27,6 +33,7 @@ lock_file="$venv/install.lock"
 # the requirements that it fulfils.
 state_file="$venv/install.state"
 
+torch_index="${GEMINI_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 pins_file="$venv/install.requirements" # requirements.txt, with the torch that this machine can run
 
 readonly untested=10 # EXIT_UNTESTED in commons/doctor/versions.py
@@ -34,6 +41,8 @@ readonly tested_pythons=(3.12 3.11 3.10)
 readonly needed_mib=2000 needed_with_cuda_mib=9000
 
 dev=""             # yes: with requirements-dev.txt
+gpu=""             # yes: an NVIDIA GPU is here
+cuda="${GEMINI_CUDA:-}"
 python=""          # the interpreter that is ready
 base=""            # the interpreter that makes .venv
 findings=""        # what the last `check` printed
@@ -54,7 +63,7 @@ fail() {
 # check PYTHON: exits with commons/doctor/versions.py's code; what it printed is left in $findings, as one line.
 check() {
     local code=0
-    findings="$("$1" "$root/commons/doctor/versions.py" ${dev:+--tests} 2>&1)" || code=$?
+    findings="$("$1" "$root/commons/doctor/versions.py" ${dev:+--tests} ${gpu:+--gpu} 2>&1)" || code=$?
     findings="${findings//$'\n'/; }"
     return "$code"
 }
@@ -210,7 +219,10 @@ lock() {
     fi
 }
 
-has_nvidia_gpu() { [[ -e /dev/nvidiactl || -e /dev/dxg ]]; } # the latter: WSL 2
+# has_nvidia_gpu: whether the driver's device, or that of WSL 2, is there, or nvidia-smi knows of a GPU.
+has_nvidia_gpu() {
+    [[ -e /dev/nvidiactl || -e /dev/dxg ]] || nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
+}
 
 # require_space DIR MIB: fail unless the file system that holds DIR has that much free.
 require_space() {
@@ -222,7 +234,7 @@ require_space() {
 
 require_room() {
     local needed="$needed_mib"
-    ! has_nvidia_gpu || needed="$needed_with_cuda_mib"
+    [[ -z $gpu$cuda ]] || needed="$needed_with_cuda_mib"
     needed="${GEMINI_MIN_FREE_MIB:-$needed}"
     require_space "$venv" "$needed"
     require_space "${TMPDIR:-/tmp}" "$((needed / 4))" # what pip downloads and builds
@@ -305,13 +317,39 @@ make_venv() {
     fi
 }
 
-# pip_install WHAT ARGUMENT...
+# pip_command ARGUMENT_OF_ENV...: sets $pip, the words before those of an install.
 # A package on PYTHONPATH would count as installed; BUILD_EXT would compile Colossal-AI's CUDA kernels.
-pip_install() {
+pip_command() {
     local bar=on
     [[ -t 2 ]] || bar=off
-    run_or_explain "pip could not install $1" env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET PIP_USER=0 BUILD_EXT=0 \
-        "$venv/bin/python" -I -m pip install --no-input --disable-pip-version-check --progress-bar "$bar" "${@:2}"
+    pip=(env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET "$@" PIP_USER=0 BUILD_EXT=0
+        "$venv/bin/python" -I -m pip install --no-input --disable-pip-version-check --progress-bar "$bar")
+}
+
+# pip_install WHAT ARGUMENT...
+pip_install() {
+    local pip
+    pip_command
+    run_or_explain "pip could not install $1" "${pip[@]}" "${@:2}"
+}
+
+# wants_cpu_torch: not where there is a GPU, nor where pip has an index of the user's own.
+wants_cpu_torch() {
+    [[ -z $gpu$cuda ]] || return 1
+    [[ -z ${GEMINI_TORCH_INDEX:-} ]] || return 0
+    [[ -z ${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}${PIP_NO_INDEX:-} ]] || return 1
+    ! "$venv/bin/python" -I -m pip config list 2>/dev/null | grep -qE '(index-url|find-links|no-index)='
+}
+
+# install_cpu_torch: from PyTorch's own index, since the plain one's torch brings CUDA's libraries, some 3 GB. Where it
+# has none, or cannot be reached, the plain index is next.
+install_cpu_torch() {
+    local pip output
+    pip_command -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS -u PIP_NO_INDEX
+    say "no NVIDIA GPU seen: torch for CPUs (GEMINI_CUDA=1 takes the one for CUDA)"
+    output="$("${pip[@]}" --retries 1 --timeout 20 --no-deps --index-url "$torch_index" \
+        "$(grep '^torch==' "$pins_file")" 2>&1 | show_progress)" ||
+        say "$torch_index gave none ($(grep -i error <<<"$output" | tail -n 1 || true)): pip's own index is next"
 }
 
 # choose_torch: print requirements.txt, with another torch where this machine's driver or GPU cannot run the pinned one.
@@ -342,14 +380,11 @@ install() {
     lock
     ! venv_ready || return 0 # made by the install.sh that we waited for
     require_room
-    if ! has_nvidia_gpu && [[ -z ${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-} ]]; then
-        say "no NVIDIA GPU seen: if pip starts on CUDA libraries (5 GB), stop it and set PIP_EXTRA_INDEX_URL to" \
-            "PyTorch's package index for CPUs"
-    fi
     make_venv
     say "[2/3] requirements.txt${dev:+, requirements-dev.txt}: torch is the large one, this can take minutes"
     requirements="$(choose_torch)"
     problem="$( (printf '%s\n' "$requirements" >"$pins_file") 2>&1)" || explain "cannot write $pins_file" "$problem"
+    if wants_cpu_torch; then install_cpu_torch; fi
     pip_install requirements.txt -r "$pins_file" ${dev:+-r "$root/requirements-dev.txt"}
     say "[3/3] requirements-nodeps.txt: Colossal-AI, without the packages that it declares"
     pip_install requirements-nodeps.txt --no-deps -r "$root/requirements-nodeps.txt"
@@ -374,6 +409,7 @@ main() {
     exec 3>&1 1>&2
     trap 'told=yes; say "interrupted; the next start repairs it"; exit 130' INT TERM
     trap 'code=$?; ((code == 0)) || [[ -n $told ]] || say "error: a step failed with exit code $code"' EXIT
+    ! has_nvidia_gpu || gpu=yes
     if ! find_ready; then
         if [[ -n $which ]]; then
             told=yes

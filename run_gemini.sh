@@ -12,6 +12,10 @@
 # The first start installs what is needed (install.sh). The exit code is the training's.
 
 set -euo pipefail
+# Streams that were closed lead to nowhere: else the next file that is opened would take their place.
+[[ -e /proc/self/fd/0 ]] || exec </dev/null
+[[ -e /proc/self/fd/1 ]] || exec >/dev/null
+[[ -e /proc/self/fd/2 ]] || exec 2>/dev/null
 root="$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
 doctor="" others=() # --doctor stands anywhere, among flags that are the doctor's own then

@@ -18,19 +18,23 @@ from commons.config.resolved import ResolvedConfig
 from commons.distributed import process_group
 from commons.distributed.device import Device
 from commons.doctor import explain_uncaught
+from commons.lifecycle.caches import settle_caches
 from commons.lifecycle.guard import Guard, on_duty
 from commons.lifecycle.heartbeat import group_timeout_seconds
 from commons.reporting.noise import quiet_libraries
+from commons.reporting.run_folder import with_own_folder
 from commons.reporting.run_log import open_log
 
 
 def main(argv: list[str]) -> None:
+    settle_caches()
     with on_duty() as guard:  # signals and errors end the run in order from here on
         config = read_config(argv, os.environ)
         quiet_libraries()
         guard.beat("join")
         guard.timeout_seconds = config.timeout
         here = process_group.launch(config.device, group_timeout_seconds(config.timeout))
+        config = with_own_folder(config, here.rank)
         name = process_group.first_rank_s(config.run_name)
         train(dataclasses.replace(config, run_name=name), here, guard)
         guard.leave()

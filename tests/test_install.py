@@ -6,6 +6,7 @@ wheels with the names and versions of the real pins: a real venv and a real pip 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -214,6 +215,7 @@ def test_first_start_makes_a_venv_with_every_pin(machine: Machine) -> None:
 
 # nvidia-smi as the doctor asks it: one GPU, a driver and the CUDA that this runs
 NVIDIA_SMI = """case "$*" in
+    --list-gpus) echo 'GPU 0: {gpu} (UUID: GPU-1)' ;;
     *query-gpu=*) echo '0, GPU-1, {gpu}, {driver}, 12282, 10, {capability}, Default' ;;
     "") echo '| NVIDIA-SMI 1.2   Driver Version: {driver}   CUDA Version: {cuda} |' ;;
 esac"""
@@ -225,6 +227,7 @@ REPORTED = "torch 2.10.0: driver 551.78 runs CUDA 12.4 at most, and torch {pinne
     [
         ("NVIDIA GeForce RTX 4070", "551.78", "12.4", "8.9", "2.10.0", REPORTED),
         ("NVIDIA H100", "470.82", "11.4", "9.0", "", "every tested torch needs 12: update the driver"),
+        ("NVIDIA H100", "580.159", "13.0", "9.0", versions.GPU_TORCH, "the one that the GPU tests have passed with"),
     ],
 )
 def test_a_torch_that_the_driver_can_run(
@@ -236,7 +239,8 @@ def test_a_torch_that_the_driver_can_run(
     machine.put("nvidia-smi", answers)
     index = machine.home / "index"
     shutil.copytree(machine.wheels, index)
-    make_wheel(index, "torch", "2.10.0")
+    for other in ("2.10.0", versions.GPU_TORCH):
+        make_wheel(index, "torch", other)
 
     done = machine.install(PIP_FIND_LINKS=str(index))
 
@@ -245,7 +249,56 @@ def test_a_torch_that_the_driver_can_run(
     assert text == f"__version__ = {version or pinned!r}\n"
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("install.sh: torch ")]
     assert said.format(pinned=pinned) in told
-    assert_ready(machine.install(PIP_FIND_LINKS=""), machine.venv / "bin/python")  # it fulfils the pins
+    again = machine.install(PIP_FIND_LINKS="")
+    assert_ready(again, machine.venv / "bin/python")  # it fulfils the pins
+    note = f"install.sh: warning: torch {version or pinned} has run on no GPU here, {versions.GPU_TORCH} has"
+    assert again.stderr.startswith(note) if version != versions.GPU_TORCH else again.stderr == ""
+
+
+def simple_index(folder: Path, version: str) -> str:
+    """The address of a package index that has this torch alone."""
+    (folder / "torch").mkdir(parents=True)
+    make_wheel(folder / "torch", "torch", version)
+    (wheel,) = (folder / "torch").glob("*.whl")
+    (folder / "torch" / "index.html").write_text(f'<a href="{wheel.name.replace("+", "%2B")}">{wheel.name}</a>')
+    return folder.as_uri()
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpu", "installed"),
+    [({}, False, "+cpu"), ({"GEMINI_CUDA": "1"}, False, ""), ({}, True, ""), ({"index": "empty"}, False, "")],
+)
+def test_where_no_gpu_is_seen_torch_for_cpus_comes_first(
+    machine: Machine, tmp_path: Path, variables: dict[str, str], gpu: bool, installed: str
+) -> None:
+    (pinned,) = [pinned_version(pin) for pin in pins("requirements.txt") if pin.name == "torch"]
+    index = simple_index(tmp_path / "cpu", f"{pinned}+cpu")
+    if variables.pop("index", None):
+        index = simple_index(tmp_path / "empty", "0.1")
+    if gpu:
+        machine.put("nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'")
+
+    done = machine.install(GEMINI_TORCH_INDEX=index, **variables)
+
+    assert_ready(done, machine.venv / "bin/python")
+    assert (machine.site_packages() / "torch.py").read_text() == f"__version__ = {pinned + installed!r}\n"
+    asked = "no NVIDIA GPU seen: torch for CPUs (GEMINI_CUDA=1" in done.stderr
+    assert asked == (not gpu and "GEMINI_CUDA" not in variables)
+    assert ("gave none" in done.stderr) == (asked and not installed)
+
+
+def test_pytorch_s_own_index_is_the_default_and_stands_at_one_place() -> None:
+    lines = [line for line in (ROOT / "install.sh").read_text().splitlines() if "https://" in line]
+    assert lines == ['torch_index="${GEMINI_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"']
+
+
+def test_the_torch_for_gpus_is_one_that_a_result_confirms() -> None:
+    """All cases of the matrix that could run, and none of them failed."""
+    result = json.loads((ROOT / versions.GPU_TORCH_RESULT).read_text())
+    assert result["environment"]["versions"]["torch"] == versions.GPU_TORCH and result["environment"]["gpus"]
+    assert result["cases"] and all(case["holds"] for case in result["cases"])
+    assert not versions.gpu_note(f"{versions.GPU_TORCH}+cu130")
+    assert versions.GPU_TORCH in versions.gpu_note("2.13.0")
 
 
 def test_a_doctor_that_cannot_tell_leaves_the_pins(machine: Machine) -> None:

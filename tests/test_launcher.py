@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from suite_runs import heed_all_signals
+from suite_runs import heed_all_signals, run_processes
 
 from commons.cli import flags as cli
 from commons.cli import machine
@@ -28,10 +28,11 @@ from commons.config.schema import TrainConfig
 from commons.launch import launcher, nodes
 from commons.launch.console_copy import LineCleaner, LogFile
 from commons.launch.launcher import JOB_VARIABLES, read_launch, root_cause
-from commons.launch.nodes import MeetingError, Nodes, NodesDiffer, agree, open_store
+from commons.launch.nodes import Answer, Card, MeetingError, Nodes, NodesDiffer, ask, compare, open_store
 from commons.launch.stop_signals import StopSignals
 from commons.lifecycle.outcome import STOP_SIGNALS
 from commons.lifecycle.suite_root import python_path
+from commons.reporting.run_folder import FolderInUse
 
 LAUNCH = (
     "import sys; from pathlib import Path; from commons.launch.launcher import main;"
@@ -582,8 +583,10 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def two_nodes(folder: Path, body: str, *flags: str, second: dict[str, str] | None = None) -> list[Launched]:
-    common = {"NNODES": "2", "GPUNUM": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+def two_nodes(
+    folder: Path, body: str, *flags: str, second: dict[str, str] | None = None, **both: str
+) -> list[Launched]:
+    common = {"NNODES": "2", "GPUNUM": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | both
     return [
         Launched(folder / str(k), body, *flags, NODE_RANK=str(k), **(common | (second or {} if k else {})))
         for k in range(2)
@@ -600,6 +603,25 @@ def test_two_nodes_are_one_run(tmp_path: Path) -> None:
     assert (read_note(first, 0)["world"], read_note(second, 1)["world"]) == ("2", "2")
 
 
+@pytest.mark.parametrize("address", ["::1", "[::1]", "localhost", "ip6-localhost"])
+def test_two_nodes_meet_over_ipv6_and_by_name(tmp_path: Path, address: str) -> None:
+    try:
+        socket.getaddrinfo(address.strip("[]"), 1)
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip(f"{address} is not known here")
+    body = (
+        "import torch.distributed as dist; dist.init_process_group('gloo')\n"
+        "import torch; one = torch.ones(1); dist.all_reduce(one); leave_note(sum=one.item())\n"
+    )
+    runs = two_nodes(tmp_path, body, second={"MASTER_ADDR": address}, MASTER_ADDR=address)
+    for rank, run in enumerate(runs):
+        run.wait()
+        assert run.code == 0, run.stderr
+        assert read_note(run, rank)["sum"] == 2
+
+
 def test_nodes_that_differ_refuse_and_name_both(tmp_path: Path) -> None:
     for run in two_nodes(tmp_path, "leave_note()", second={"BATCH_SIZE": "2"}):
         run.wait()
@@ -613,27 +635,100 @@ def store() -> Iterator[Any]:
     yield open_store(Nodes(1), 5)
 
 
-def test_cards_are_compared(store: Any) -> None:
-    pair = [Nodes(1, count=2, rank=rank) for rank in range(2)]
-    errors: list[Exception | list[dict]] = []
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """What it returned or raised is in the list, once the thread has ended."""
+    ends: list[Any] = []
 
-    def node_1() -> None:
+    def run() -> None:
         try:
-            errors.append(agree(store, pair[1], {"the version of torch": "2.12", "_run_name": "b"}, 10))
-        except MeetingError as error:
-            errors.append(error)
+            ends.append(work())
+        except Exception as error:
+            ends.append(error)
 
-    thread = threading.Thread(target=node_1)
+    thread = threading.Thread(target=run)
     thread.start()
+    return thread, ends
+
+
+def of_another_node(store: Any) -> Any:
+    """Its own connection to node 0's store: one waits at a time on each."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+
+
+def test_cards_are_compared(store: Any) -> None:
+    begun: list[str] = []
+    thread, ends = in_thread(
+        lambda: ask(of_another_node(store), Nodes(1, 2, 1), Card({"the version of torch": "2.12"}), 10)
+    )
     with pytest.raises(NodesDiffer, match=r"the version of torch is 2\.12 on node 1, 2\.13 on node 0"):
-        agree(store, pair[0], {"the version of torch": "2.13", "_run_name": "a"}, 10)
+        compare(
+            store, Nodes(1, 2), Card({"the version of torch": "2.13"}), 10, lambda: begun.append("") or "", Answer()
+        )
     thread.join()
-    assert isinstance(errors[0], NodesDiffer)
+    assert isinstance(ends[0], NodesDiffer) and not begun
 
 
-def test_a_missing_node_is_named(store: Any) -> None:
-    with pytest.raises(MeetingError, match=r"node 1, 2 did not come within 0\.5 s"):
-        agree(store, Nodes(1, count=3), {}, 0.5)
+def test_a_missing_node_is_named_on_all_that_came(store: Any) -> None:
+    thread, ends = in_thread(lambda: ask(of_another_node(store), Nodes(1, 4, 2), Card({}), 5))
+    with pytest.raises(MeetingError, match=r"node 1, 3 did not come within 0\.5 s"):
+        compare(store, Nodes(1, count=4), Card({}), 0.5, str, Answer())
+    thread.join()
+    assert isinstance(ends[0], MeetingError) and "node 1, 3 did not come" in str(ends[0])
+
+
+def test_what_keeps_node_0_from_beginning_is_told_on_all(store: Any) -> None:
+    def begin() -> str:
+        raise FolderInUse(Path("logs/run"))
+
+    thread, ends = in_thread(lambda: ask(of_another_node(store), Nodes(1, 2, 1), Card({}), 5))
+    with pytest.raises(FolderInUse):
+        compare(store, Nodes(1, count=2), Card({}), 5, begin, Answer())
+    thread.join()
+    assert "node 0 cannot begin: logs/run belongs to a run that goes on" in str(ends[0])
+
+
+THOUSAND = """
+import sys, threading, time, torch.distributed
+from commons.launch.nodes import Nodes, meet
+count, port, names = int(sys.argv[1]), int(sys.argv[2]), []
+threading.stack_size(256 * 1024)
+def node(rank):
+    met = meet(Nodes(1, count, rank, "127.0.0.1", port), {"--seed": 42}, 60, lambda: "the run")
+    assert len(met.nodes.addresses) == count
+    met.lifeline.stand_down()
+    names.append(met.run_name)
+    return met
+def others(rank):
+    kept.append(node(rank))
+kept = []
+threads = [threading.Thread(target=others, args=(rank,)) for rank in range(1, count)]
+start = time.monotonic()
+for thread in threads: thread.start()
+first = node(0)
+with first.lifeline:
+    for thread in threads: thread.join()
+    print(len(names), set(names), f"{time.monotonic() - start:.1f}")
+    deadline = time.monotonic() + 10
+    connected = lambda: sum(peer.node is not None for peer in first.lifeline._peers.values())
+    while connected() < count - 1 and time.monotonic() < deadline: time.sleep(0.1)
+    print(connected())
+    sys.stdout.flush()
+    first.lifeline.stand_down()
+    import os; os._exit(0)
+"""
+
+
+def test_a_thousand_nodes_meet_in_ten_seconds(tmp_path: Path) -> None:
+    """As threads with stores of their own, in one process with two cores, where real ones have a machine each."""
+    (tmp_path / "meet.py").write_text(THOUSAND)
+    command = f"ulimit -n $(ulimit -Hn); exec '{sys.executable}' meet.py 1000 {free_port()}"
+    code, console = run_processes(["bash", "-c", command], cwd=tmp_path, environment=environment(), seconds=120)
+    assert code == 0, console
+    count, name, seconds, connected = re.search(r"(\d+) \{'(.+)'\} (.+)\n(\d+)\n\Z", console).groups()  # pyright: ignore
+    assert (count, name, connected) == ("1000", "the run", "999")
+    assert float(seconds) < 10
 
 
 def test_a_wrong_address_and_a_taken_port_are_told() -> None:

@@ -3,8 +3,10 @@ them (tests/namespaces.py). How the settings are read is tested in test_launcher
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from namespaces import ADDRESSES, DRAIN_SECONDS, NAMES, Network, NodeRun, free_p
 from suite_runs import FinishedRun, launch
 
 from commons.launch import lifeline
+from commons.launch.lifeline import Lifeline
 from commons.launch.nodes import Nodes, interface_to_the_others
 
 SETTINGS = ("--device=cpu", "--model_type=gpt2_tiny", "--train_step=4", "--warmup_step=1")
@@ -93,7 +96,7 @@ def test_a_killed_launcher_ends_the_other_node_which_names_it(network: Network, 
     killed, left = runs[dies], runs[1 - dies]
     done = left.wait(END_SECONDS)
     assert done.returncode == 1, done.console
-    assert f"Node {dies} ({ADDRESSES[dies]}) ended first: its own screen says why." in left.last_lines
+    assert f"Node {dies} ({ADDRESSES[dies]}) ended first: see that node's console." in left.last_lines
     assert killed.wait(5).returncode == -signal.SIGKILL
     assert network.is_empty(), "ranks of the killed launcher"
 
@@ -110,7 +113,7 @@ def test_a_killed_rank_is_named_on_its_node_and_ends_the_other(network: Network,
     done = end_of(runs, 30)
     assert [one.returncode for one in done] == [1, 1]
     assert "Rank 1 of 2 failed (killed by SIGKILL" in runs[1].screen
-    assert f"Node 1 ({ADDRESSES[1]}) ended first: its own screen says why." in runs[0].last_lines
+    assert f"Node 1 ({ADDRESSES[1]}) ended first: see that node's console." in runs[0].last_lines
 
 
 def test_a_hanging_rank_is_named_on_both_nodes(network: Network, tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_a_launcher_killed_before_the_ranks_are_connected(network: Network, tmp_
     second.process.kill()
     done = first.wait(END_SECONDS)
     assert done.returncode == 1, done.console
-    assert first.screen.rstrip().endswith(f"Node 1 ({ADDRESSES[1]}) ended first: its own screen says why.")
+    assert first.screen.rstrip().endswith(f"Node 1 ({ADDRESSES[1]}) ended first: see that node's console.")
 
 
 def with_path(*folders: Path) -> str:
@@ -286,41 +289,111 @@ def test_the_interface_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interface_to_the_others(Nodes(2)) == ""
 
 
-def test_strangers_and_the_done_are_not_taken_for_losses() -> None:
-    import socket
+SECRET = "0123456789abcdef"
 
+
+@contextlib.contextmanager
+def three_lifelines() -> Iterator[tuple[int, Lifeline, Lifeline, Lifeline]]:
+    """The port and the launchers of three nodes; nobody gets a signal here."""
     listener = lifeline.listen()
     port = listener.getsockname()[1]
-    with lifeline.Lifeline(listener) as node_0:
-        one = lifeline.Lifeline(line=lifeline.connect("127.0.0.1", port, 1))
-        two = lifeline.Lifeline(line=lifeline.connect("127.0.0.1", port, 2))
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n" * 20)
-        with one, two:
-            wait_until(lambda: len(node_0.silent(0.2)) == 0 and len(node_0._peers) == 2)
-            assert one.silent(5) == []
-            one.close(succeeded=True)
-            time.sleep(3 * lifeline.POLL_SECONDS)
-            assert (node_0.lost, two.lost) == (None, None)
-            two.stand_down()
-            node_0.stand_down()  # so that nobody gets a signal here
-            two.close(succeeded=False)
-            wait_until(lambda: node_0.lost == 2)
-
-
-def test_the_loss_of_a_node_is_passed_on() -> None:
-    listener = lifeline.listen()
-    port = listener.getsockname()[1]
-    with lifeline.Lifeline(listener) as node_0:
-        one = lifeline.Lifeline(line=lifeline.connect("127.0.0.1", port, 1))
-        two = lifeline.Lifeline(line=lifeline.connect("127.0.0.1", port, 2))
+    with Lifeline(listener, secret=SECRET, nodes=3) as node_0:
+        one = Lifeline(line=lifeline.connect("127.0.0.1", port, 1, SECRET))
+        two = Lifeline(line=lifeline.connect("::1" if socket.has_dualstack_ipv6() else "127.0.0.1", port, 2, SECRET))
         for line in (node_0, one, two):
             line.stand_down()
         with one, two:
-            wait_until(lambda: len([peer for peer in node_0._peers.values() if peer.node]) == 2)
-            two.close(succeeded=False)
-            wait_until(lambda: one.lost == 2)
-    assert lifeline.connect("127.0.0.1", port, 1) is None, "without one a run goes on"
+            yield port, node_0, one, two
+
+
+def answering(node_0: Lifeline) -> list[int]:
+    """The nodes that node 0 believes to be connected, once all have answered."""
+    assert node_0.silent(5) == []
+    return sorted(peer.node for peer in node_0._peers.values() if peer.node is not None)
+
+
+def test_the_done_are_not_taken_for_losses() -> None:
+    with three_lifelines() as (_, node_0, one, two):
+        assert answering(node_0) == [1, 2] and one.silent(5) == []
+        one.close(succeeded=True)
+        time.sleep(3 * lifeline.POLL_SECONDS)
+        assert (node_0.lost, two.lost) == (None, None)
+        two.close(succeeded=False)
+        wait_until(lambda: node_0.lost == 2)
+
+
+def test_the_loss_of_a_node_is_passed_on() -> None:
+    with three_lifelines() as (port, node_0, one, two):
+        two.close(succeeded=False)
+        wait_until(lambda: one.lost == 2 and node_0.lost == 2)
+    assert lifeline.connect("127.0.0.1", port, 1, SECRET) is None, "without one a run goes on"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"node 1\n",
+        b"node 1 \n",
+        b"node 1 wrong\n",
+        b"node 1 %s \n" % SECRET.encode(),
+        b"lost 1\n",
+        b"done\n",
+        b"ping\n",
+        b"GET / HTTP/1.1\r\n" * 20,
+        b"x" * 100_000,
+        bytes(range(256)) * 4,
+        b"",
+    ],
+    ids=lambda words: repr(words[:20]),
+)
+def test_strangers_change_nothing(words: bytes) -> None:
+    with three_lifelines() as (port, node_0, one, two):
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as stranger, contextlib.suppress(OSError):
+                stranger.sendall(words)
+                stranger.settimeout(0.5)
+                with contextlib.suppress(TimeoutError):
+                    assert stranger.recv(100) == b"", "nothing is told to a stranger"
+        assert answering(node_0) == [1, 2] and one.silent(5) == [] == two.silent(5)
+        assert (node_0.lost, one.lost, two.lost) == (None, None, None)
+
+
+def test_a_flood_of_slow_strangers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay connected, send a byte now and then, and a launcher gets through all the same."""
+    monkeypatch.setattr(lifeline, "HELLO_SECONDS", 2.0)
+    with three_lifelines() as (port, node_0, _, two), contextlib.ExitStack() as strangers:
+        flood = [strangers.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)]
+        for stranger in flood:
+            with contextlib.suppress(OSError):
+                stranger.sendall(b"n")
+        late = lifeline.connect("127.0.0.1", port, 1, SECRET)
+        assert late is not None
+        late.close()
+        wait_until(lambda: node_0.lost == 1)  # the late one took the place of the first
+        assert len(node_0._peers) <= 3 + lifeline.STRANGERS + 3
+        wait_until(lambda: len(node_0._peers) == 1)
+        assert two.silent(5) == []
+
+
+def test_a_stranger_does_not_end_a_run_of_two_machines(network: Network, tmp_path: Path) -> None:
+    """Whoever connects to any port of node 0 and says what its launchers say."""
+    runs = both(network, tmp_path, *(flag for flag in SETTINGS if "train_step" not in flag), "--train_step=400",
+                **meeting_point())  # fmt: skip
+    runs[0].wait_for_steps(2, START_SECONDS)
+    program = (
+        "import socket, re\n"
+        "ports = {int(line.split()[1].split(':')[1], 16) for name in ('tcp', 'tcp6') for line in\n"
+        "         open('/proc/net/' + name).readlines()[1:] if line.split()[3] == '0A'}\n"
+        "for port in ports:\n"
+        "    try:\n"
+        "        with socket.create_connection(('127.0.0.1', port), 5) as line: line.sendall(b'node 1\\n')\n"
+        "    except OSError: pass  # it listens on another address, or wants no stranger\n"
+        "print(len(ports))\n"
+    )
+    inside = ["ip", "netns", "exec", network.namespaces[0], sys.executable, "-c", program]
+    asked = subprocess.run(inside, capture_output=True, text=True, timeout=60)
+    assert int(asked.stdout) >= 2, asked.stderr
+    assert [run.returncode for run in end_of(runs, START_SECONDS)] == [0, 0], runs[0].screen + runs[1].screen
 
 
 def wait_until(condition, seconds: float = DRAIN_SECONDS) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from commons.doctor import versions
 from commons.doctor.findings import Finding, error, ok, warning
 from commons.doctor.machine import Distribution, Machine
-from commons.doctor.torch_build import install, newest_torch
+from commons.doctor.torch_build import install, recommended_torch
 
 INSTALL = "bash install.sh"
 TESTED = {**versions.TESTED, "numpy": versions.TestedRange("1.26", "2.5", minimum="1.26")}
@@ -38,7 +38,7 @@ def untested(machine: Machine, package: Distribution, usable: bool) -> Finding:
     tested = TESTED[package.name]
     pip = versions.CURES.get(package.name, f"pip install '{package.name}=={tested.newest}.*'")
     if package.name == "torch":  # the newest tested one may be too new for this driver
-        pip = install(machine, newest_torch(machine))
+        pip = install(machine, recommended_torch(machine))
     seen = f"{package.name} {package.version} in {package.folder}; tested: {tested}"
     cure = f"{INSTALL}   # or: {pip}"
     if usable:

@@ -9,11 +9,10 @@ from commons.doctor.driver import DRIVER_BRANCH, TRAIN_ON_CPU, install_driver
 from commons.doctor.findings import Finding, error, ok
 from commons.doctor.machine import CudaDevice, Machine
 from commons.doctor.smi import driver_cuda, smi
-from commons.doctor.versions import release
+from commons.doctor.versions import GPU_TORCH, GPU_TORCH_RESULT, release
 
 # pip's default build of torch is for CUDA 12 up to 2.10 (12.4, 12.6, then 12.8) and for CUDA 13 from 2.11 on
 NEWEST_TORCH_WITH_CUDA_12 = "2.10.0"
-NEWEST_TORCH_TESTED = "2.13.0"
 # the last release whose default build has code for Maxwell, Pascal and Volta (5.0 to 7.0)
 NEWEST_TORCH_FOR_OLD_GPUS = "2.7.1"
 OLDEST_CAPABILITY = (5, 0)
@@ -29,9 +28,11 @@ def install(machine: Machine, version: str) -> str:
     return f"{pip} uninstall -y {' '.join(['torch', *sorted(libraries)])} && {pip} install torch=={version}"
 
 
-def newest_torch(machine: Machine) -> str:
-    """The newest tested torch whose default build runs on this driver and has code for these GPUs."""
-    return choose_torch(machine, NEWEST_TORCH_TESTED)[0]
+def recommended_torch(machine: Machine) -> str:
+    """The torch that the GPU tests have passed with, or the newest that runs on this driver and has code for these
+    GPUs.
+    """
+    return choose_torch(machine, GPU_TORCH)[0]
 
 
 def capabilities(machine: Machine) -> dict[str, tuple[int, int]]:
@@ -61,7 +62,7 @@ def choose_torch(machine: Machine, pinned: str) -> tuple[str, str]:
         return NEWEST_TORCH_FOR_OLD_GPUS, f"newer ones have no code for {oldest}"
     if newest < (13, 0):
         return NEWEST_TORCH_WITH_CUDA_12, f"{driver}, and torch {pinned} is built for CUDA 13"
-    return pinned, ""
+    return GPU_TORCH, f"the one that the GPU tests have passed with ({GPU_TORCH_RESULT})"
 
 
 def torch_build(machine: Machine) -> Iterator[Finding]:
@@ -74,7 +75,7 @@ def torch_build(machine: Machine) -> Iterator[Finding]:
             "torch is a CPU build",
             seen=f"torch {files.version}, built without CUDA, {files.path}",
             why="It has no code for a GPU, whatever the driver says: 'Torch not compiled with CUDA enabled'.",
-            cure=install(machine, newest_torch(machine)),
+            cure=install(machine, recommended_torch(machine)),
         )
     else:
         yield ok(
@@ -102,7 +103,7 @@ def torch_import(machine: Machine) -> Iterator[Finding]:
         cure=(f"env -u LD_LIBRARY_PATH {machine.python_path} -c 'import torch'   # if this works, it was"
               " the variable\n"
               if library_path else "")
-        + install(machine, newest_torch(machine)),
+        + install(machine, recommended_torch(machine)),
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def torch_cuda(machine: Machine) -> Iterator[Finding]:
 def driver_too_old(machine: Machine, newest: str) -> Finding:
     files, gpus = machine.torch_files, smi(machine).gpus
     version = gpus[0].driver_version if gpus else "unknown"
-    cures = [install(machine, newest_torch(machine))] if int(newest.split(".")[0]) >= 12 else []
+    cures = [install(machine, recommended_torch(machine))] if int(newest.split(".")[0]) >= 12 else []
     if not version.split(".")[0].isdecimal() or int(version.split(".")[0]) < DRIVER_BRANCH:
         cures.append(install_driver(machine))
     return error(
@@ -179,11 +180,11 @@ def torch_with_code(machine: Machine, device: CudaDevice) -> str:
     """The command for a torch that has code for this GPU: a newer one than there is, for an old GPU an older one."""
     if device.capability < OLDEST_CAPABILITY:
         return f"{TRAIN_ON_CPU}   # no tested torch has code for this GPU"
-    version = newest_torch(machine)
+    version = recommended_torch(machine)
     if device.capability < OLDEST_CURRENT_CAPABILITY or release(version) > release(machine.torch.version):
         return install(machine, version)
-    if version != NEWEST_TORCH_TESTED:  # for which this driver is too old
-        return f"{install_driver(machine)}\n{install(machine, NEWEST_TORCH_TESTED)}"
+    if version != GPU_TORCH:  # for which this driver is too old
+        return f"{install_driver(machine)}\n{install(machine, GPU_TORCH)}"
     return f"{machine.python_path} -m pip install --upgrade torch   # newer than the tested versions"
 
 

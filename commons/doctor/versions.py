@@ -2,7 +2,7 @@
 
 Standard library only, nothing heavy: install.sh runs this file with every interpreter that might do.
 
-    python commons/doctor/versions.py [--tests]
+    python commons/doctor/versions.py [--tests] [--gpu]
 
 prints a line for each finding and exits with one of the EXIT_ codes below.
 """
@@ -41,6 +41,8 @@ TESTED = {
     "transformers": TestedRange("4.51.3", "4.51.3", minimum="4.40", broken_from="5"),
     "colossalai": TestedRange("0.5.0", "0.5.0", minimum="0.5.0"),
 }
+# The torch that the GPU tests have passed with, for CUDA 13, and the file that says so.
+GPU_TORCH, GPU_TORCH_RESULT = "2.11.0", "benchmarks/results/2026-11-26-h100-copies/parity.json"
 # Needed, in whatever version torch and transformers accept.
 ANY_VERSION = ("einops", "numpy", "packaging", "psutil", "rich", "safetensors", "tqdm")
 TEST_PACKAGES = ("pytest", "pytest-timeout")
@@ -123,11 +125,20 @@ def check_environment(
     return findings
 
 
+def gpu_note(version: str | None) -> str:
+    """What a user of a GPU is to know about another torch than the one that was tested on GPUs; "" for that one."""
+    if version is None or release(version) == release(GPU_TORCH):
+        return ""
+    return f"torch {version} has run on no GPU here, {GPU_TORCH} has; if it fails: pip install torch=={GPU_TORCH}"
+
+
 def main(argv: list[str]) -> int:
-    """Print the findings; see the module's docstring for the exit codes."""
+    """Print the findings; see the module's docstring for the exit codes. --gpu adds a note, which is no finding."""
     findings = check_environment(tests="--tests" in argv)
     for finding in findings:
         print(finding.message)
+    if "--gpu" in argv and gpu_note(installed_version("torch")):
+        print(gpu_note(installed_version("torch")))
     if not findings:
         return EXIT_TESTED
     return EXIT_UNTESTED if all(finding.usable for finding in findings) else EXIT_UNUSABLE

@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed.elastic.rendezvous.registry as rendezvous
 from torch.distributed.elastic import multiprocessing
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from commons.doctor.failure import LAUNCHER_RUN_ID
 from commons.launch.nodes import Nodes
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_SECONDS = 6  # between asking the ranks to stop and killing them
 MONITOR_SECONDS = 0.1
+RENDEZVOUS_SECONDS = 900
 
 # Runs in a rank before the script: the kernel is to kill it when the launcher dies in whatever way (prctl(2),
 # 1 is PR_SET_PDEATHSIG), which survives the exec.
@@ -126,21 +126,16 @@ def run_agent(
         SignalException: a signal came, and was passed on to the ranks.
     """
     set_engine_up(stop)
-    parameters = RendezvousParameters(
-        backend="static",
-        endpoint=f"{nodes.master_addr}:{store.port}",
-        run_id=LAUNCHER_RUN_ID,
-        min_nodes=nodes.count,
-        max_nodes=nodes.count,
-        rank=nodes.rank,
-        timeout=900,
+    # made here, since torch's registry takes an address apart and knows none of a link (fe80::1%eth0)
+    handler = StaticTCPRendezvous(
+        nodes.master_addr, store.port, nodes.rank, nodes.count, LAUNCHER_RUN_ID, RENDEZVOUS_SECONDS
     )
     spec = WorkerSpec(
         role="rank",
         local_world_size=nodes.ranks_per_node,
         entrypoint=sys.executable,
         args=("-I", "-S", "-c", RANK_START, str(os.getpid()), "-u", *command),
-        rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+        rdzv_handler=handler,
         max_restarts=max_restarts,
         monitor_interval=MONITOR_SECONDS,
         master_addr=nodes.master_addr,

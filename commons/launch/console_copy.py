@@ -1,8 +1,9 @@
 """Keeps what a run prints: shown where it would have been shown anyway, and written to console.log.
 
 The ranks inherit the launcher's standard output and error. While a ConsoleCopy is open these lead to a thread
-that passes everything on and keeps a copy. A terminal is replaced by a pseudo-terminal, so that progress bars
-still see one.
+that keeps a copy, and from there to one that passes everything on: whoever reads it may be slow, or stand still for
+hours (Ctrl-S, a stopped pager), and the ranks go on. A terminal is replaced by a pseudo-terminal, so that progress
+bars still see one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import struct
 import sys
 import termios
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,8 @@ STDOUT, STDERR = 1, 2
 READ_BYTES = 65536
 POLL_SECONDS = 0.5
 DRAIN_SECONDS = 2.0
+READER_SECONDS = 120.0  # at the end of a run, for a reader that takes nothing at all
+MOST_WAITING_BYTES = 16 * 2**20  # for a slow reader; beyond that, it is told what it does not get
 ESCAPE_SEQUENCES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
 
 
@@ -94,7 +98,7 @@ class ConsoleCopy:
         # one channel where both lead to the same place: lines stay in order
         together = os.path.sameopenfile(STDOUT, STDERR)
         for fds in [(STDOUT, STDERR)] if together else [(STDOUT,), (STDERR,)]:
-            self._channels.append(_Channel(fds, self._log))
+            self._channels.append(_Channel(fds, self._log, self._path))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,12 +110,86 @@ class ConsoleCopy:
             print(f"{self._path} is not complete: {self._log.error.strerror}", file=sys.stderr, flush=True)
 
 
-class _Channel:
-    """One replaced stream: ``fds`` lead into a pipe or pseudo-terminal, a thread passes on what comes out."""
+class _Screen:
+    """What is to be shown, and the thread that shows it: only this one waits for whoever reads.
 
-    def __init__(self, fds: tuple[int, ...], log: LogFile) -> None:
+    Args:
+        fd: where to, blocking or not.
+        log: the name of the file that has everything, for a reader that was too slow.
+    """
+
+    def __init__(self, fd: int, log: Path) -> None:
+        self._fd, self._log = fd, log
+        self._waiting: deque[bytes] = deque()
+        self._bytes = self._left_out = 0
+        self._changed = threading.Condition()
+        self._over = False
+        self._thread = threading.Thread(target=self._show_all, name="screen", daemon=True)
+        self._thread.start()
+
+    def add(self, data: bytes) -> None:
+        with self._changed:
+            if self._bytes + len(data) > MOST_WAITING_BYTES:
+                self._left_out += len(data)
+                return
+            self._tell_what_was_left_out()
+            self._append(data)
+
+    def _append(self, data: bytes) -> None:
+        self._waiting.append(data)
+        self._bytes += len(data)
+        self._changed.notify_all()
+
+    def _tell_what_was_left_out(self) -> None:
+        if self._left_out:
+            told = f"\n[{self._left_out} bytes are not shown, as nothing was read here: {self._log} has all]\n"
+            self._left_out = 0
+            self._append(told.encode())
+
+    def close(self) -> bool:
+        """Wait until all is shown, as long as anything is read; whether that is so."""
+        with self._changed:
+            self._tell_what_was_left_out()
+            self._over = True
+            self._changed.notify_all()
+            while self._bytes and self._changed.wait(READER_SECONDS):
+                pass
+            if self._bytes:
+                return False
+        self._thread.join()
+        return True
+
+    def _show_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._over)
+                if not self._waiting:
+                    return
+                data = self._waiting.popleft()
+            self._show(data)
+
+    def _show(self, data: bytes) -> None:
+        while data:
+            try:
+                shown = os.write(self._fd, data)
+            except BlockingIOError:  # another process has made it so: it is theirs too
+                select.select([], [self._fd], [], POLL_SECONDS)
+                continue
+            except OSError:  # the reader is gone (`| head`); the copy goes on
+                shown = len(data)
+            data = data[shown:]
+            with self._changed:
+                self._bytes = max(0, self._bytes - shown)
+                self._changed.notify_all()
+
+
+class _Channel:
+    """One replaced stream: ``fds`` lead into a pipe or pseudo-terminal, a thread copies and shows what comes out."""
+
+    def __init__(self, fds: tuple[int, ...], log: LogFile, path: Path) -> None:
         self._fds, self._log, self._lines = fds, log, LineCleaner()
         self._real = os.dup(fds[0])
+        self._screen = _Screen(self._real, path)
         self._is_terminal = os.isatty(self._real)
         self._source, entry = _open_terminal() if self._is_terminal else os.pipe()
         self._copy_window_size()
@@ -130,7 +208,8 @@ class _Channel:
         self._thread.join()
         self._log.write(self._lines.finish())
         os.close(self._source)
-        os.close(self._real)
+        if self._screen.close():
+            os.close(self._real)
 
     def _relay(self) -> None:
         while not self._stop:
@@ -144,13 +223,8 @@ class _Channel:
                 data = b""
             if not data:
                 return
-            self._show(data)
+            self._screen.add(data)
             self._log.write(self._lines.feed(data))
-
-    def _show(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # the reader is gone (`| head`); the copy goes on
-            while data:
-                data = data[os.write(self._real, data) :]
 
     def _copy_window_size(self) -> None:
         if self._is_terminal:

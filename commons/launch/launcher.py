@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,11 @@ from commons.config.resolved import ResolvedConfig
 from commons.doctor import explanation, needs_no_traceback
 from commons.launch.console_copy import ConsoleCopy
 from commons.launch.lifeline import Lifeline
-from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, NodesDiffer, interface_to_the_others, meet
+from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, interface_to_the_others, meet
 from commons.launch.stop_signals import Stopped, StopSignals
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.outcome import FAILURE, Ended, read_note, stopped_by
+from commons.reporting.run_folder import FolderInUse, claim_folder
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -148,21 +148,21 @@ def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type
             found.append(f"{variable} is needed with NNODES={count}: {JOB_VARIABLES[variable]}")
     rank = number("NODE_RANK", 0, 0, count - 1, "number the machines from 0")
     port = number("MASTER_PORT", DEFAULT_PORT, 1, 65535, "set a free port, the same on all machines")
-    return Nodes(ranks, count, rank, environ.get("MASTER_ADDR", ""), port), found
+    # an IPv6 address may be written as in a URL
+    return Nodes(ranks, count, rank, environ.get("MASTER_ADDR", "").strip("[]"), port), found
 
 
 def start(launch: Launch, script: Path, stop: StopSignals) -> int:
     """Meet the other machines, make the run's folder, and run the ranks. Returns the exit code."""
     try:
-        met = meet(launch.nodes, _card(launch), launch.config.timeout)
-    except MeetingError as error:
-        print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
-        return CONFIG_ERROR if isinstance(error, NodesDiffer) else FAILURE
-    _choose_interface(launch, met.nodes)
-    config = dataclasses.replace(launch.config, run_name=met.leader["_run_name"])
-    launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
-    try:
+        met = meet(launch.nodes, _same(launch), launch.config.timeout, lambda: _claim_folder(launch))
+        _choose_interface(launch, met.nodes)
+        config = dataclasses.replace(launch.config, run_name=met.run_name)
+        launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
         console_copy = _open_console_copy(launch)
+    except (MeetingError, FolderInUse) as error:
+        print(f"Nothing was started: {error}", file=sys.stderr, flush=True)
+        return FAILURE if type(error) is MeetingError else CONFIG_ERROR
     except OSError as error:
         print(
             f"Nothing was started: {error.filename}: {error.strerror}: choose another --log_dir",
@@ -189,7 +189,7 @@ def _look_for_others(code: int, lifeline: Lifeline, nodes: Nodes) -> int:
     if code > 128 and not lifeline.struck:
         return code  # by a signal from outside: nobody is to be blamed
     if lifeline.lost is not None:
-        line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: its own screen says why."
+        line = f"{nodes.describe(lifeline.lost).capitalize()} ended first: see that node's console."
         print(line, file=sys.stderr, flush=True)
         return FAILURE if lifeline.struck else code
     for node in lifeline.silent():
@@ -209,8 +209,8 @@ def _choose_interface(launch: Launch, nodes: Nodes) -> None:
         print(launch.notices[-1], file=sys.stderr, flush=True)
 
 
-def _card(launch: Launch) -> dict[str, Any]:
-    """What all machines have to agree on, and the run's name, which node 0 makes."""
+def _same(launch: Launch) -> dict[str, Any]:
+    """What all machines have to agree on, by its name in an error."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str:
@@ -228,23 +228,16 @@ def _card(launch: Launch) -> dict[str, Any]:
         "NNODES": launch.nodes.count,
         "the number of ranks (GPUNUM)": launch.nodes.ranks_per_node,
         **{f"--{name}": value for name, value in settings.items()},
-        "_run_name": launch.given.get("run_name") or _free_run_name(launch),
     }
 
 
-def _free_run_name(launch: Launch) -> str:
-    """The default name, counted up where another run of this second has it."""
-    config = launch.config
-    name = config.default_run_name(launch.nodes.world_size, time.strftime("%Y%m%d-%H%M%S"))
-    number, free = 1, name
-    while dataclasses.replace(config, run_name=free).run_dir.exists():
-        number += 1
-        free = f"{name}-{number}"
-    return free
+def _claim_folder(launch: Launch) -> str:
+    """On node 0, whose run it is; returns its name. See commons.reporting.run_folder."""
+    return str(claim_folder(launch.config).run_name)
 
 
 def _open_console_copy(launch: Launch) -> ConsoleCopy:
-    """Makes the run's folder: from here on there is a run. OSError where that cannot be."""
+    """In the run's folder, which node 0 made; another node may keep its own. OSError where that cannot be."""
     run_dir, node = launch.config.run_dir, launch.nodes.rank
     run_dir.mkdir(parents=True, exist_ok=True)
     name = "console.log" if node == 0 else f"console-node{node}.log"

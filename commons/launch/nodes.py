@@ -11,11 +11,12 @@ import contextlib
 import datetime
 import json
 import os
+import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from commons.launch import lifeline
@@ -32,10 +33,12 @@ POLL_SECONDS = 0.2
 CONNECT_SECONDS = 30.0
 FAREWELL_SECONDS = 10.0
 OWN_ADDRESS_SECONDS = 10.0
+ANSWER_SECONDS = 10.0  # for node 0 to compare the cards and to make the run's folder
+READ_KEY = "suite/read"  # how many nodes have read the answer
 SAME_ON_ALL = (
     "MASTER_ADDR must be an address of node 0, MASTER_PORT a port that nothing else uses, on all nodes the same"
 )
-NODE_0_LEFT = "node 0 went away while the nodes were meeting: its own screen says why"
+NODE_0_LEFT = "node 0 went away while the nodes were meeting: see that node's console"
 
 
 class MeetingError(Exception):
@@ -70,7 +73,8 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        return f"{self.master_addr}:{self.master_port}"
+        host = f"[{self.master_addr}]" if ":" in self.master_addr else self.master_addr
+        return f"{host}:{self.master_port}"
 
     def annotate(self, text: str) -> str:
         """An error's text with "[10.0.0.2]" made to "[10.0.0.2, node 1]": gloo knows addresses only. Unchanged
@@ -86,33 +90,75 @@ class Nodes:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a node brings to the meeting.
+
+    Attributes:
+        same: what has to be the same on every node, as JSON values, by its name in an error.
+        address: where the others reach the node; "" on node 0, which only learns it from where it sends.
+    """
+
+    same: Mapping[str, object]
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What node 0 tells every node, once all cards are there.
+
+    Attributes:
+        differences: a sentence for each; nothing is started then.
+        problem: why node 0 cannot begin; "" where it can.
+        addresses: by node, node 0's own left out ("").
+        lifeline_port, secret: of the connection by which the launchers notice each other's end.
+        run_name: of the run, whose folder node 0 has made.
+    """
+
+    differences: list[str] = field(default_factory=list)
+    problem: str = ""
+    addresses: list[str] = field(default_factory=list)
+    lifeline_port: int = 0
+    secret: str = ""
+    run_name: str = ""
+
+
+@dataclass(frozen=True)
 class Meeting:
-    """What the nodes have in common once they met: the store, the nodes with their addresses, node 0's card."""
+    """What the nodes have in common once they met: the store, the nodes with their addresses, the run's name."""
 
     store: TCPStore
     nodes: Nodes
-    leader: dict
+    run_name: str
     lifeline: Lifeline
 
 
-def meet(nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> Meeting:
+def meet(nodes: Nodes, same: Mapping[str, object], timeout_seconds: float, begin: Callable[[], str]) -> Meeting:
     """Bring all nodes together (blocking).
 
+    Args:
+        same: see Card.
+        begin: called on node 0 when all agree; makes what belongs to the run and returns its name. What it raises is
+            raised here on node 0, and told on the others.
+
     Raises:
-        MeetingError, NodesDiffer: as open_store and agree do.
+        MeetingError, NodesDiffer: as open_store, compare and ask do.
     """
     store = open_store(nodes, timeout_seconds)
     if nodes.count == 1:
-        return Meeting(store, nodes, agree(store, nodes, card, timeout_seconds)[0], Lifeline())
-    way = _way_to_node_0(nodes) if nodes.rank else None
-    listener = None if nodes.rank else lifeline.listen()
-    private = {"_address": way.here if way else "", "_lifeline": listener.getsockname()[1] if listener else 0}
-    cards = agree(store, nodes, {**card, **private}, timeout_seconds)
-    addresses = [other["_address"] for other in cards]
-    # node 0 learns its own address from where it sends to node 1
-    addresses[0] = way.there if way else _local_address(addresses[1])
-    line = lifeline.connect(addresses[0], cards[0]["_lifeline"], nodes.rank) if nodes.rank else None
-    return Meeting(store, replace(nodes, addresses=tuple(addresses)), cards[0], Lifeline(listener, line))
+        return Meeting(store, nodes, begin(), Lifeline())
+    if nodes.rank == 0:
+        listener, secret = lifeline.listen(), lifeline.new_secret()
+        hub = Answer(lifeline_port=listener.getsockname()[1], secret=secret)
+        answer = compare(store, nodes, Card(same), timeout_seconds, begin, hub)
+        # node 0 learns its own address from where it sends to node 1
+        addresses = (_local_address(answer.addresses[1]), *answer.addresses[1:])
+        line = Lifeline(listener, secret=secret, nodes=nodes.count)
+    else:
+        way = _way_to_node_0(nodes)
+        answer = ask(store, nodes, Card(same, way.here), timeout_seconds)
+        addresses = (way.there, *answer.addresses[1:])
+        line = Lifeline(line=lifeline.connect(way.there, answer.lifeline_port, nodes.rank, answer.secret))
+    return Meeting(store, replace(nodes, addresses=addresses), answer.run_name, line)
 
 
 @dataclass(frozen=True)
@@ -180,7 +226,7 @@ def open_store(nodes: Nodes, timeout_seconds: float) -> TCPStore:
         else:
             text = (
                 f"what answers node {nodes.rank} at {nodes.address} is not node 0's store ({cause}): if another"
-                f" program has this port there, which node 0's own screen says, set another MASTER_PORT; {SAME_ON_ALL}"
+                f" program has this port there, which node 0's console says, set another MASTER_PORT; {SAME_ON_ALL}"
             )
         raise MeetingError(text) from None
 
@@ -198,63 +244,105 @@ def in_time(work: Callable[[], Result], seconds: float) -> Result:
 
     thread = threading.Thread(target=run, name="store", daemon=True)
     thread.start()
-    deadline = time.monotonic() + seconds
-    while not answers:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no answer within {seconds:g} s")
-        thread.join(POLL_SECONDS)
+    thread.join(seconds)
+    if not answers:
+        raise TimeoutError(f"no answer within {seconds:g} s")
     if isinstance(answers[0], Exception):
         raise answers[0]
     return answers[0]
 
 
-def agree(store: TCPStore, nodes: Nodes, card: Mapping[str, object], timeout_seconds: float) -> list[dict]:
-    """Exchange cards with all nodes (blocking, until the last one comes); returns them by node.
+def card_key(node: int) -> str:
+    return f"suite/card/{node}"
+
+
+ANSWER_KEY = "suite/answer"
+
+
+def ask(store: TCPStore, nodes: Nodes, card: Card, timeout_seconds: float) -> Answer:
+    """Leave this node's card and wait for node 0's answer, which is one request (blocking, until the last node comes).
+
+    Raises:
+        MeetingError: node 0 went away, cannot begin, or did not answer within ``timeout_seconds`` and a little more.
+        NodesDiffer: naming each difference with both values; every node raises it.
+    """
+    store.set(card_key(nodes.rank), json.dumps(asdict(card)))
+    limit = timeout_seconds + ANSWER_SECONDS
+    try:
+        in_time(lambda: store.wait([ANSWER_KEY], datetime.timedelta(seconds=limit)), limit + 1)
+        answer = Answer(**json.loads(store.get(ANSWER_KEY)))
+        store.add(READ_KEY, 1)
+    except (RuntimeError, TimeoutError):
+        raise MeetingError(NODE_0_LEFT) from None
+    return _checked(answer)
+
+
+def compare(
+    store: TCPStore, nodes: Nodes, card: Card, timeout_seconds: float, begin: Callable[[], str], hub: Answer
+) -> Answer:
+    """On node 0: wait for all cards, compare them, begin, and answer every node (blocking).
 
     Args:
-        card: what has to be the same on every node, as JSON values. Keys that start with an underscore may
-        differ.
+        begin: see meet.
+        hub: the answer as far as node 0 alone knows it.
 
     Raises:
         MeetingError: a node did not come within ``timeout_seconds``.
-        NodesDiffer: naming each difference with both values; every node raises it.
+        NodesDiffer: see ask.
     """
-    store.set(f"suite/card/{nodes.rank}", json.dumps(dict(card)))
-    keys = {node: f"suite/card/{node}" for node in range(nodes.count)}
-    _wait_for(store, keys, timeout_seconds)
-    cards = [json.loads(store.get(key)) for key in keys.values()]
-    store.set(f"suite/read/{nodes.rank}", "")
-    differences = [
-        f"{key} is {other.get(key)} on node {node}, {cards[0].get(key)} on node 0"
-        for node, other in enumerate(cards)
-        for key in sorted({*cards[0], *other})
-        if not key.startswith("_") and other.get(key) != cards[0].get(key)
-    ]
-    if differences:
-        if nodes.rank == 0:  # whose store the others are still reading
-            with contextlib.suppress(MeetingError):
-                _wait_for(store, {n: f"suite/read/{n}" for n in range(nodes.count)}, FAREWELL_SECONDS)
-        raise NodesDiffer("\n".join(f"{line}: make them the same" for line in differences))
-    return cards
+    store.set(card_key(0), json.dumps(asdict(card)))
+    try:
+        _wait_for_cards(store, nodes.count, timeout_seconds)
+        cards = [Card(**json.loads(text)) for text in store.multi_get([card_key(node) for node in range(nodes.count)])]
+        answer = replace(hub, differences=list(_differences(cards)), addresses=[each.address for each in cards])
+        answer = answer if answer.differences else replace(answer, run_name=begin())
+    except Exception as error:
+        _tell(store, nodes, Answer(problem=f"node 0 cannot begin: {error}"))
+        raise
+    _tell(store, nodes, answer)
+    return _checked(answer)
 
 
-def _wait_for(store: TCPStore, keys: Mapping[int, str], timeout_seconds: float) -> None:
-    """Until all keys are there. Polled, since a signal cannot interrupt the store's own wait."""
+def _tell(store: TCPStore, nodes: Nodes, answer: Answer) -> None:
+    """Answer the others; where nothing is started, wait until those that came have read it, as the store ends then."""
+    store.set(ANSWER_KEY, json.dumps(asdict(answer)))
+    if not answer.differences and not answer.problem:
+        return
+    came = sum(store.check([card_key(node)]) for node in range(1, nodes.count))
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    while store.add(READ_KEY, 0) < came and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _checked(answer: Answer) -> Answer:
+    if answer.problem:
+        raise MeetingError(answer.problem)
+    if answer.differences:
+        raise NodesDiffer("\n".join(f"{line}: make them the same" for line in answer.differences))
+    return answer
+
+
+def _differences(cards: Sequence[Card]) -> Iterator[str]:
+    """A sentence for each difference from node 0."""
+    first = cards[0].same
+    for node, card in enumerate(cards):
+        for key in sorted({*first, *card.same}):
+            if card.same.get(key) != first.get(key):
+                yield f"{key} is {card.same.get(key)} on node {node}, {first.get(key)} on node 0"
+
+
+def _wait_for_cards(store: TCPStore, count: int, timeout_seconds: float) -> None:
+    """Until all are there. Polled, since a signal cannot interrupt the store's own wait."""
     deadline = time.monotonic() + timeout_seconds
-    missing = dict(keys)
-    while missing:
-        try:
-            missing = {node: key for node, key in missing.items() if not store.check([key])}
-        except RuntimeError:
-            raise MeetingError(NODE_0_LEFT) from None
-        if missing and time.monotonic() > deadline:
-            late = ", ".join(map(str, missing))
+    keys = [card_key(node) for node in range(count)]
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            late = ", ".join(str(node) for node, key in enumerate(keys) if not store.check([key]))
             raise MeetingError(
                 f"node {late} did not come within {timeout_seconds:g} s: start the command on every machine,"
                 " with NODE_RANK counting from 0, or allow more time with --timeout"
             )
-        if missing:
-            time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _check_port_and_address(nodes: Nodes) -> None:
@@ -263,7 +351,7 @@ def _check_port_and_address(nodes: Nodes) -> None:
     if nodes.master_port == 0:
         return
     try:
-        listener = socket.create_server(("", nodes.master_port))
+        listener = lifeline.listen(nodes.master_port)
     except OSError as error:
         raise MeetingError(
             f"MASTER_PORT {nodes.master_port} cannot be used on node 0 ({os.strerror(error.errno or 0)}): set another"
@@ -284,14 +372,8 @@ def _not_ours(listener: socket.socket, nodes: Nodes) -> str:
     try:
         with socket.create_connection((nodes.master_addr, nodes.master_port), OWN_ADDRESS_SECONDS) as probe:
             probe.sendall(token)
-            while (left := deadline - time.monotonic()) > 0:
-                listener.settimeout(left)
-                connection, _ = listener.accept()
-                with connection:  # other nodes knock here too
-                    connection.settimeout(POLL_SECONDS)
-                    with contextlib.suppress(TimeoutError):
-                        if connection.recv(len(token)) == token:
-                            return ""
+            if _hears(listener, token, deadline):
+                return ""
     except TimeoutError:
         pass
     except OSError as error:
@@ -299,12 +381,29 @@ def _not_ours(listener: socket.socket, nodes: Nodes) -> str:
     return "another machine answers there"
 
 
+def _hears(listener: socket.socket, token: bytes, deadline: float) -> bool:
+    """Whether a connection to ``listener`` says ``token``. The other nodes knock here too, all of them at a time."""
+    with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                if key.fileobj is listener:
+                    connection = closing.enter_context(listener.accept()[0])
+                    selector.register(connection, selectors.EVENT_READ)
+                    continue
+                selector.unregister(key.fileobj)
+                with contextlib.suppress(ConnectionError):
+                    if key.fileobj.recv(len(token)) == token:  # pyright: ignore[reportAttributeAccessIssue]
+                        return True
+    return False
+
+
 def _addresses_here() -> list[str]:
     import psutil
 
     all_of_them = [each for found in psutil.net_if_addrs().values() for each in found]
-    found = [each.address for each in all_of_them if each.family == socket.AF_INET]
-    return [address for address in found if not address.startswith("127.")] or ["it has none"]
+    found = [each.address for each in all_of_them if each.family in (socket.AF_INET, socket.AF_INET6)]
+    return [each for each in found if not each.startswith(("127.", "fe80:")) and each != "::1"] or ["it has none"]
 
 
 def _wait_for_listener(nodes: Nodes, timeout_seconds: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import json
 import linecache
 import os
@@ -19,12 +20,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from commons.launch.nodes import Nodes, in_time
 from commons.lifecycle.guard import WATCH_VARIABLE, pulse_path, stack_path
 from commons.lifecycle.heartbeat import Beat, patience_seconds, read_pulse
+from commons.lifecycle.suite_root import SUITE_ROOT
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -44,7 +47,11 @@ NOT_RUNNING = {
     "Z": "its process has ended",
 }
 # in the innermost line of a rank that waits for other ranks, or for the device, which waits for them
-WAITING_FILE = re.compile(r'File "[^"]*/(torch/(distributed|cuda|nn/parallel)/|commons/distributed/peer_memory\.py)')
+WAITING_MODULE = find_spec("commons.distributed.peer_memory")  # found, not imported: torch would come with it
+assert WAITING_MODULE and WAITING_MODULE.origin
+# without the suite's own folder, which another machine may have elsewhere
+WAITING_PATH = re.escape(str(Path(WAITING_MODULE.origin).relative_to(SUITE_ROOT)))
+WAITING_FILE = re.compile(rf'File "[^"]*/(torch/(distributed|cuda|nn/parallel)/|{WAITING_PATH})')
 WAITING_CODE = re.compile(
     r"\.(wait|item|tolist|synchronize)\(|barrier|broadcast|all_gather|all_reduce|reduce_scatter|recv|run_backward"
 )
@@ -232,16 +239,23 @@ class Watch:
         return self._ask_store(lambda: [*mine, *self._exchange(own)], mine, OTHER_NODES_SECONDS + STORE_SECONDS)
 
     def _exchange(self, own: str) -> list[Sighting]:
+        """One request a node: node 0 gathers what came in time, and answers all."""
         self._store.set(f"{self._key}/{self._nodes.rank}", own)
         self._store.set(f"{self._key}/asked", "")
-        found, missing = [], set(range(self._nodes.count)) - {self._nodes.rank}
+        if self._nodes.rank == 0:
+            self._gather()
+        limit = datetime.timedelta(seconds=OTHER_NODES_SECONDS + STORE_SECONDS)
+        self._store.wait([f"{self._key}/all"], limit)
+        found = [Sighting(**seen) for seen in json.loads(self._store.get(f"{self._key}/all"))]
+        return [seen for seen in found if seen.node != self._nodes.rank]
+
+    def _gather(self) -> None:
+        keys = [f"{self._key}/{node}" for node in range(self._nodes.count)]
         deadline = time.monotonic() + OTHER_NODES_SECONDS
-        while missing and time.monotonic() < deadline:
-            for node in [n for n in missing if self._store.check([f"{self._key}/{n}"])]:
-                missing.discard(node)
-                found += [Sighting(**seen) for seen in json.loads(self._store.get(f"{self._key}/{node}"))]
+        while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return found
+        texts = [self._store.get(key) for key in keys if self._store.check([key])]
+        self._store.set(f"{self._key}/all", json.dumps([seen for text in texts for seen in json.loads(text)]))
 
     # ---- the verdict
 

@@ -25,7 +25,6 @@ from commons.lifecycle import leaving
 from commons.lifecycle.heartbeat import MOST_MARGIN_SECONDS, Pulse, patience_seconds
 from commons.lifecycle.job import read_job
 from commons.lifecycle.outcome import (
-    FAILURE,
     FINISHED,
     STOP_SIGNALS,
     Ended,
@@ -120,8 +119,8 @@ class Guard:
         """End this rank, and so the run, for ``error``. Returns where its traceback is to be shown."""
         if isinstance(error, RunError):
             self._say_unless_watched(str(error))
-            leave_note(Ended("failed", str(error)))
-            os._exit(FAILURE)
+            leave_note(Ended("failed", str(error), error.exit_code))
+            os._exit(error.exit_code)
         if leaving.is_loss_of_a_peer(error):
             # the peer's own end is the one to be told of: this one was only waiting for it
             self._heard.wait(PEER_SECONDS)

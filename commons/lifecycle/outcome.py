@@ -29,7 +29,9 @@ ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torchrun's engine looks
 
 
 class RunError(Exception):
-    """Ends the run with exit code 1. Its text says all there is to say: no traceback is shown."""
+    """Ends the run with ``exit_code``. Its text says all there is to say: no traceback is shown."""
+
+    exit_code = FAILURE
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from commons.lifecycle.caches import cache_home
 from commons.lifecycle.notices import say
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def keep_cache() -> None:
 
     # torch puts its own choice, below /tmp, into the variable as soon as parts of it are imported
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ[CACHE_VARIABLE] = str(caches / "gemini-gpt2" / "inductor")
+        os.environ[CACHE_VARIABLE] = str(cache_home() / "gemini-gpt2" / "inductor")
 
 
 class CompiledFunction:

@@ -60,7 +60,7 @@ def test_the_report_to_the_end(wsl: FakeMachine) -> None:
     ("cuda", "capability", "version", "reason"),
     [
         ("12.4", "8.9", "2.10.0", "driver 550.54.15 runs CUDA 12.4 at most, and torch 2.13.0 is built for CUDA 13"),
-        ("13.1", "9.0", "2.13.0", ""),
+        ("13.1", "9.0", "2.11.0", "the one that the GPU tests have passed with"),
         ("11.8", "8.0", "2.13.0", "every tested torch needs 12: update the driver"),
         ("12.8", "6.1", "2.7.1", "newer ones have no code for NVIDIA H100 80GB HBM3"),
     ],
@@ -77,7 +77,7 @@ def test_the_torch_to_install_where_there_is_no_gpu(no_gpu: FakeMachine) -> None
     assert torch_build.choose_torch(no_gpu, "2.13.0") == ("2.13.0", "")
 
 
-@pytest.mark.parametrize(("cuda", "version"), [("12.4", "2.10.0"), ("13.0", "2.13.0")])
+@pytest.mark.parametrize(("cuda", "version"), [("12.4", "2.10.0"), ("13.0", "2.11.0")])
 def test_case_2_cpu_build(linux: FakeMachine, cuda: str, version: str) -> None:
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(), cuda=cuda))
     linux.libcuda = replace(linux.libcuda, version=tuple(map(int, cuda.split("."))))
@@ -209,7 +209,7 @@ def test_binary_compatibility(capability: tuple[int, int], arch_list: str, fits:
 @pytest.mark.parametrize(
     ("capability", "cuda", "expected"),
     [
-        ((9, 0), "13.0", "2.13.0"),
+        ((9, 0), "13.0", "2.11.0"),
         ((9, 0), "12.8", "2.10.0"),
         ((9, 0), "12.0", "2.10.0"),
         ((7, 5), "12.8", "2.10.0"),
@@ -246,7 +246,7 @@ def test_no_torch_has_code_for_it(linux: FakeMachine) -> None:
     [
         ("2.6.0", (12, 4), "python -m pip uninstall -y torch && python -m pip install torch==2.10.0"),
         ("2.10.0", (12, 8), "sudo ubuntu-drivers install nvidia:580 && sudo reboot\npython -m pip uninstall -y torch"),
-        ("2.10.0", (13, 0), "python -m pip uninstall -y torch && python -m pip install torch==2.13.0"),
+        ("2.10.0", (13, 0), "python -m pip uninstall -y torch && python -m pip install torch==2.11.0"),
         ("2.13.0", (13, 0), "python -m pip install --upgrade torch   # newer than the tested versions"),
     ],
 )
@@ -263,5 +263,5 @@ def test_no_driver_is_updated_to_what_it_is(linux: FakeMachine, branch: str, upd
     linux.install("/usr/bin/nvidia-smi", FakeSmi(gpu(driver_version=branch), cuda="13.0"))
     linux.libcuda = replace(linux.libcuda, version=(13, 0))
     cure = troubles(linux.with_torch("2.13.0", "14.0"))["torch-cuda.newer-than-driver"].cure
-    assert cure.startswith("python -m pip uninstall -y torch && python -m pip install torch==2.13.0")
+    assert cure.startswith("python -m pip uninstall -y torch && python -m pip install torch==2.11.0")
     assert ("ubuntu-drivers install nvidia:580" in cure) == updates
