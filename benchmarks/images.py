@@ -30,7 +30,12 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = {"light": "#ffffff", "dark": "#0d1117"}
 INK = "#757d86"
 STATE_COLOURS = dict(zip(MODEL_STATES, ("#3a86d8", "#d0782a", "#2f9c6a"), strict=True))
-PLAN_COLOURS = {"CAI_Gemini": "#3a86d8", "Pytorch_FSDP": "#8d6fd1"}
+PLAN_COLOURS = {
+    "CAI_Gemini": "#3a86d8",
+    "Pytorch_DDP": "#2f9c6a",
+    "Pytorch_ZeRO": "#d0782a",
+    "Pytorch_FSDP": "#8d6fd1",
+}
 FONT = "font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
 MONOSPACE = "font-family=\"ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace\""
 
@@ -175,19 +180,20 @@ class Panel:
 PANELS = (
     Panel(
         "gpt2_medium",
-        "2026-11-26-h100-copies/overlap.json",
+        "2026-11-27-h100/speed.json",
         (
             Measured("CAI_Gemini", "1 GPU", "CAI_Gemini, gpt2_medium × 1"),
-            Measured("CAI_Gemini", "2 GPUs", "CAI_Gemini, prefetch 2, gpt2_medium × 2"),
+            Measured("Pytorch_DDP", "2 GPUs", "Pytorch_DDP, gpt2_medium × 2"),
+            Measured("Pytorch_ZeRO", "2 GPUs", "Pytorch_ZeRO, gpt2_medium × 2"),
             Measured("Pytorch_FSDP", "2 GPUs", "Pytorch_FSDP, gpt2_medium × 2"),
         ),
     ),
     Panel(
         "gpt2_xl",
-        "2026-11-26-h100-copies/overlap.json",
+        "2026-11-27-h100/speed.json",
         (
             Measured("CAI_Gemini", "1 GPU", "CAI_Gemini, gpt2_xl × 1"),
-            Measured("CAI_Gemini", "2 GPUs", "CAI_Gemini, prefetch 2, gpt2_xl × 2"),
+            Measured("CAI_Gemini", "2 GPUs", "CAI_Gemini, gpt2_xl × 2"),
             Measured("Pytorch_FSDP", "2 GPUs", "Pytorch_FSDP, gpt2_xl × 2"),
         ),
     ),

@@ -123,9 +123,9 @@ def test_nothing_and_nothing_are_equal_and_something_is_not() -> None:
 
 
 def test_every_step_skipped_through_the_entry_point(tmp_path) -> None:
-    """An infinite loss scale's worth of overflow: told as it is, with an exit code of its own."""
+    """The largest loss scale: every step overflows: told as it is, with an exit code of its own."""
     flags = "--model_type gpt2_tiny --batch_size 2 --seq_len 16 --train_step 2 --warmup_step 1 --precision fp16"
-    flags += " --initial_loss_scale 1e30 --check_parity true --distplan Pytorch_DDP --device cpu"
+    flags += " --initial_loss_scale 4294967296 --check_parity true --distplan Pytorch_DDP --device cpu"
     run = launch(tmp_path, *flags.split())
     assert run.returncode == NOTHING_PROVED == 3, run.console
     assert "not compared (every step was skipped for overflow" in run.console and "BROKEN" not in run.console

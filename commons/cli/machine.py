@@ -165,7 +165,7 @@ def no_gpu_notice(config: ResolvedConfig, world_size: int) -> str:
     end = f"; try:\n    {cure}\n" if cure else ". "
     return (
         f"No GPU seen{cause and f': {cause}'}{end}Training {config.model_type} on {count(world_size, 'CPU rank')} with"
-        " gloo instead; more in README.md (Troubleshooting) and from: bash run_gemini.sh --doctor"
+        " gloo instead; more in docs/troubleshooting.md and from: bash run_gemini.sh --doctor"
     )
 
 

@@ -198,9 +198,9 @@ class MachineFlags:
     )
     cuda_graph: Literal["auto", "on", "off"] = _flag(
         "auto",
-        "Gemini: capture the forward and the backward pass once and replay them, so that the GPU does not wait for the"
-        " host; auto: with compiled blocks on one GPU, or on several under --peer_copies, where nothing is offloaded,"
-        " accumulated, dropped or in fp16",
+        "capture the forward and the backward pass once and replay them, so that the GPU does not wait for the host;"
+        " auto: with compiled blocks, under torch's plans and under Gemini on one GPU, or on several with"
+        " --peer_copies, where nothing is offloaded, accumulated, dropped or in fp16",
     )
     timeout: float = _flag(
         600.0,

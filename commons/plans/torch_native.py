@@ -4,6 +4,7 @@ precision as the others.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +27,12 @@ from model_zoo import build_model
 
 # Passes that are launched before a capture: DDP measures itself in the first ten, FSDP2 sets itself up in the first.
 DDP_WARM_UP, FSDP_WARM_UP = 11, 2
+# what keeps DDP from sending buffers before every forward pass: torch 2.13 warns of the older name
+BUFFERS_ARGUMENT = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class TorchTrainable:
@@ -203,7 +210,7 @@ def _replicated(model: nn.Module, device: Device, captured: bool) -> Distributed
             model,
             device_ids=[device.local_rank] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # GPT-2's are constant masks
+            **{BUFFERS_ARGUMENT: False},  # pyright: ignore[reportArgumentType]  (GPT-2's are constant masks)
         )
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)

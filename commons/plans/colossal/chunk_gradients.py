@@ -148,6 +148,6 @@ class ChunkGradients:
             if self._checks_overflow:
                 manager.overflow_counter += target.has_inf_or_nan
             if chunk.l2_norm_flag:
-                target.l2_norm = target.squared_norm()
+                target.set_l2_norm()
             for moved in (target, *([chunk] if gemini.enable_gradient_accumulation else [])):
                 manager.move_chunk(moved, device, force_copy=True, async_move=stream is not None)

@@ -202,14 +202,14 @@ class SuiteChunk(Chunk):
         self.is_gathered = False
         self.set_states(TensorState.HOLD)
 
-    def squared_norm(self) -> torch.Tensor:
-        """Sum of squares of this rank's part, an fp64 scalar on the device.
+    def set_l2_norm(self) -> None:
+        """Keep the sum of squares of this rank's part for the optimizer, an fp64 scalar on the device.
 
-        ``Chunk.set_l2_norm`` makes a Python number of it, which waits for the device once per chunk; the optimizer only
-        adds them up.
+        Upstream makes a Python number of it, which waits for the device once per chunk, though the optimizer only adds
+        them up; and on a CPU one fp32 sum over a large chunk loses digits (commons.ops.gradient_norm).
         """
         payload = self.payload[: self.get_valid_length()]
-        return sum_of_squares([payload], payload.device)
+        self.l2_norm = sum_of_squares([payload], payload.device)
 
     def set_states(self, state: TensorState, infos: Iterable[Any] | None = None) -> None:
         """Put the tensors of ``infos`` (default: all) into ``state``, and count them there."""
