@@ -4,7 +4,7 @@
 #     bash run_tests.sh                     everything that needs no GPU
 #     bash run_tests.sh --smoke             every plan once, on two CPU ranks: under two minutes on two cores
 #     bash run_tests.sh -m gpu              what needs GPUs (GEMINI_PARITY_OUT=FILE: its parity table in FILE.md)
-#     bash run_tests.sh tests/test_config.py -k placement
+#     bash run_tests.sh tests/cli/test_config.py -k placement
 #
 # The first start installs what is needed (install.sh --dev). The exit code is pytest's. Nothing outlives it: a process
 # that a test left behind is named and killed.

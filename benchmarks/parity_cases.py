@@ -1,6 +1,6 @@
 """Every way of splitting the model that is set against one fp32 process, and how near it has to come.
 
-The one list behind ``python -m benchmarks.parity`` and tests/test_splitting.py.
+The one list behind ``python -m benchmarks.parity`` and tests/plans/test_splitting.py.
 """
 
 from __future__ import annotations

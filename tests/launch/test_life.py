@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(900)
 AT_ONCE = 3
 RUN_SECONDS = 300
 TRAIN = str(REPOSITORY / "train_gpt_demo.py")
-WORKER = str(REPOSITORY / "tests" / "troubled_worker.py")
+WORKER = str(REPOSITORY / "tests" / "workers" / "troubled_worker.py")
 LAUNCHER = (
     "import sys; from pathlib import Path; from commons.launch.launcher import main;"
     " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, clean_environment, run_processes
-from test_launcher import Launched
+from worlds.launched import Launched
 
 from commons.config.schema import TrainConfig
 from commons.reporting.run_folder import FolderInUse, claim_folder

@@ -1,6 +1,6 @@
 """Trains under dropout, and trains the same model on one rank that drops the same elements.
 
-torchrun --nproc_per_node 2 tests/dropout_worker.py results.jsonl "FLAGS" "FLAGS" ...
+torchrun --nproc_per_node 2 tests/workers/dropout_worker.py results.jsonl "FLAGS" "FLAGS" ...
 
 A line of JSON per case, written by rank 0: every step's loss and gradient norm, those of the reference, how far the
 ranks' copies of one tensor are apart after training, and what each rank's generators would draw before it.

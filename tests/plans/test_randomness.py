@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from suite_runs import launch, torchrun
+from suite_runs import REPOSITORY, launch, torchrun
 
 from commons.distributed.layout import Place
 from commons.distributed.seeding import own_part, seed_generators, seed_of
@@ -19,7 +19,7 @@ from commons.plans.registry import PLANS
 
 pytestmark = pytest.mark.timeout(600)
 
-WORKER = Path(__file__).with_name("dropout_worker.py")
+WORKER = REPOSITORY / "tests" / "workers" / "dropout_worker.py"
 HYBRID = "--distplan CAI_Hybrid --precision fp32"
 EVERY_PLAN = [
     f"--distplan {plan.name} --precision {'fp32' if 'fp32' in plan.precisions else 'bf16'}" for plan in PLANS.values()

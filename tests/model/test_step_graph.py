@@ -187,7 +187,7 @@ class CapturedWhole:
 CAPTURED_RUN = """
 import sys
 import torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/model")
 from test_step_graph import CapturedWhole
 from commons.cli.flags import read_config
 from commons.distributed import process_group

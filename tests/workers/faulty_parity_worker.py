@@ -1,6 +1,6 @@
 """benchmarks/parity_worker.py with a part of the suite left out, to show what that part is for.
 
-torchrun --nproc_per_node 2 tests/faulty_parity_worker.py MODE job.json
+torchrun --nproc_per_node 2 tests/workers/faulty_parity_worker.py MODE job.json
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from suite_runs import REPOSITORY, clean_environment, run_processes
+from suite_runs import REPOSITORY, run_processes
+from worlds.bare import TRAIN, bare_environment, trained
 
-TRAIN = ["--device=cpu", "--model_type=gpt2_tiny", "--train_step=2", "--warmup_step=1", "--run_name=run"]
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))  # `python -m` itself takes modules from the current folder
 # What the suite imports, at some time, by these names.
 NAMES = (
@@ -41,21 +41,9 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
-def bare_environment(**changes: str) -> dict[str, str]:
-    """As a user's shell has it: no PYTHONPATH, the tests' own Python active."""
-    environ = clean_environment(**changes)
-    environ.pop("PYTHONPATH", None)
-    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
-    return environ | {"GEMINI_USE_ACTIVE": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def run(*command: str | Path, cwd: Path, **changes: str) -> tuple[int, str]:
     words = ["env", "-u", "PYTHONPATH", *map(str, command)]
     return run_processes(words, environment=bare_environment(**changes), cwd=cwd)
-
-
-def trained(folder: Path) -> bool:
-    return len((folder / "gemini_logs" / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 SAFE_PATH = pytest.mark.parametrize("variables", [{}, {"PYTHONSAFEPATH": "1"}], ids=["", "PYTHONSAFEPATH"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, run_processes
-from test_any_folder import TRAIN, bare_environment, trained
+from worlds.bare import TRAIN, bare_environment, trained
 
 SETPRIV = shutil.which("setpriv")
 STRANGER = "12345"

@@ -47,7 +47,7 @@ from commons.reporting.sinks.summary_file import SummarySink
 from commons.reporting.summary import MEASURED_FIELDS, summarize
 from commons.reporting.writing import SinkError, to_json
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONTROL_CHARACTER = re.compile(r"[^\n\x20-\x7e\x80-\U0010ffff]")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

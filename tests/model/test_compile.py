@@ -9,11 +9,11 @@ import math
 import os
 import shutil
 import types
-from pathlib import Path
 
 import pytest
 import suite_runs
 import torch
+from suite_runs import REPOSITORY
 
 from commons.config import auto, resolved
 from commons.config.schema import TrainConfig
@@ -22,7 +22,7 @@ from commons.model.gpt2 import gpt2_functions
 from commons.ops.activation_checkpointing import MODES
 from model_zoo import MODEL_SIZES, build_model
 
-WORKER = Path(__file__).with_name("compile_worker.py")
+WORKER = REPOSITORY / "tests" / "workers" / "compile_worker.py"
 SHAPE = MODEL_SIZES["gpt2_tiny"]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, run_processes
-from test_launcher import Launched, wait_until_gone
 from worlds import wsl_world
+from worlds.launched import Launched, wait_until_gone
 
 from commons.doctor import explanation, needs_no_traceback
 from commons.doctor.machine import Machine

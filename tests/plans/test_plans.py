@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from suite_runs import FinishedRun, launch, torchrun
+from suite_runs import REPOSITORY, FinishedRun, launch, torchrun
 
 from commons.cli.flags import read_config
 from commons.plans.registry import PLANS
@@ -119,12 +119,12 @@ def test_every_data_parallel_rank_draws_its_own_batch(runs) -> None:
 
 def test_gemini_shards(tmp_path: Path) -> None:
     """Counts collectives and moves in a worker: a Gemini that silently shards nothing makes none."""
-    returncode, console = torchrun(Path(__file__).parent / "chunk_traffic_worker.py", 2)
+    returncode, console = torchrun(REPOSITORY / "tests" / "workers" / "chunk_traffic_worker.py", 2)
     assert returncode == 0, console
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gemini_moves_chunks_where_memory_is_short(ranks: int) -> None:
     """Placement auto, in a worker: to the bit what static trains, and its two ratios say how much is moved."""
-    returncode, console = torchrun(Path(__file__).parent / "pressure_worker.py", ranks)
+    returncode, console = torchrun(REPOSITORY / "tests" / "workers" / "pressure_worker.py", ranks)
     assert returncode == 0, console

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from suite_runs import FinishedRun, launch, torchrun
+from suite_runs import REPOSITORY, FinishedRun, launch, torchrun
 
 from commons.cli import checks
 from commons.config.auto import graph_problems, peer_problems
@@ -20,7 +20,7 @@ from commons.distributed.peer_memory import check_processor
 from commons.lifecycle.outcome import RunError
 from commons.plans.registry import PLANS
 
-WORKER = Path(__file__).with_name("peer_copies_worker.py")
+WORKER = REPOSITORY / "tests" / "workers" / "peer_copies_worker.py"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, run_processes
-from test_any_folder import TRAIN, bare_environment, trained
-from test_launcher import Launched
+from worlds.bare import TRAIN, bare_environment, trained
+from worlds.launched import Launched
 
 LINES = 40_000  # some 2 MB: a pipe holds 64 KiB
 TALKS = f"""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from suite_runs import torchrun
+from suite_runs import REPOSITORY, torchrun
 
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device
@@ -150,7 +149,7 @@ FLAGS = (
 @pytest.mark.timeout(200)
 def test_a_real_record_is_what_was_counted_from_outside() -> None:
     """Two tensor-parallel parts of two stages, two micro-batches accumulated: one copy of the model on four ranks."""
-    worker = Path(__file__).with_name("record_worker.py")
+    worker = REPOSITORY / "tests" / "workers" / "record_worker.py"
     returncode, console = torchrun(worker, 4, *FLAGS.split())
     assert returncode == 0, console
     (line,) = [line for line in console.splitlines() if line.startswith("SEEN ")]

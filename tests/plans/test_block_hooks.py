@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import suite_runs
+from suite_runs import REPOSITORY
 
-WORKER = Path(__file__).with_name("region_worker.py")
+WORKER = REPOSITORY / "tests" / "workers" / "region_worker.py"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

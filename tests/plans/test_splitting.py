@@ -128,7 +128,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory):
             on_gpus.extend(Outcome(ranks, *pair, device) for pair in zip(cases, found, strict=True))
             if "GEMINI_PARITY_OUT" in os.environ:
                 out = Path(os.environ["GEMINI_PARITY_OUT"])
-                write(out, on_gpus, "python -m pytest -m gpu tests/test_splitting.py", describe_environment(None))
+                write(out, on_gpus, "python -m pytest -m gpu tests/plans/test_splitting.py", describe_environment(None))
         else:
             found = run_cases(ranks, cases, device, folder, keep=KEPT.get(ranks, ()))
         return dict(zip(cases, found, strict=True)), folder
@@ -142,7 +142,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory):
 
     @functools.cache
     def run(mode: str) -> dict[Case, dict]:
-        cases, worker = list(FAULTS[mode]), ("tests/faulty_parity_worker.py", mode)
+        cases, worker = list(FAULTS[mode]), ("tests/workers/faulty_parity_worker.py", mode)
         return dict(zip(cases, run_cases(2, cases, "cpu", tmp_path_factory.mktemp(mode), worker=worker), strict=True))
 
     return lambda mode, case: run(mode)[case]

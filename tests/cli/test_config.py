@@ -22,7 +22,7 @@ from commons.config.schema import FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfi
 from commons.plans.registry import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 ABLE = dataclasses.replace(
     PLANS["CAI_Gemini"],
     name="Able",

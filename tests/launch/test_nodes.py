@@ -1,5 +1,5 @@
 """Several machines: two network namespaces of this one, with the real launcher, real ranks and real gloo between
-them (tests/namespaces.py). How the settings are read is tested in test_launcher.py, over the loopback."""
+them (tests/worlds/namespaces.py). How the settings are read is tested in test_launcher.py, over the loopback."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from namespaces import ADDRESSES, DRAIN_SECONDS, NAMES, Network, NodeRun, free_port, two_machines, why_impossible
 from suite_runs import FinishedRun, launch
+from worlds.namespaces import ADDRESSES, DRAIN_SECONDS, NAMES, Network, NodeRun, free_port, two_machines, why_impossible
 
 from commons.launch import lifeline
 from commons.launch.lifeline import Lifeline

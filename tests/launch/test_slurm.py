@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, clean_environment
-from test_launcher import free_port
+from worlds.launched import free_port
 
 SCRIPT = REPOSITORY / "launchers" / "slurm.sbatch"
 SETTINGS = ("--device=cpu", "--model_type=gpt2_tiny", "--warmup_step=1")
