@@ -208,7 +208,7 @@ class Poison:
             matrix = next(p for name, p in trainable.model.named_parameters() if name.endswith("mlp.c_fc.weight"))
             matrix.register_hook(self._spoil)
             return
-        # Gemini has hooks of its own on its parameters, but the way back ends behind the embedding's output
+        # Gemini has hooks of its own on its parameters, but the backward pass ends behind the embedding's output
         embedding: nn.Module = trainable.model.module.transformer.wte
         embedding.register_forward_hook(self._spoil_the_way_back)
 

@@ -209,7 +209,7 @@ def _example(name: str) -> str:
 
 
 def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """A problem for each word that is no flag; a value behind an unknown flag is not told twice."""
+    """A problem for each word that is an unknown flag or belongs to none; what follows an unknown flag is its value."""
     found, after_unknown_flag = [], False
     for word in extras:
         is_flag = word.startswith("-") and len(word) > 1

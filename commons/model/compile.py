@@ -79,7 +79,7 @@ def keep_cache() -> None:
 
 
 class CompiledFunction:
-    """A function of tensors that compiles itself at its first call, and runs as it is where that fails.
+    """A function of tensors that compiles itself at its first call, and runs eagerly where that fails.
 
     Args:
         function: whole, without graph breaks; new shapes compile again.
@@ -110,7 +110,7 @@ class CompiledFunction:
     def fall_back(self, error: Exception) -> None:
         """Run uncompiled from now on, and say so."""
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        say(f"not compiled: {self._function.__name__} ({reason[:200]}); it runs as it is, which is slower")
+        say(f"torch.compile failed for {self._function.__name__} ({reason[:200]}); falling back to eager")
         self._run, self._compiled = self._function, True
 
 

@@ -1,9 +1,9 @@
 """The layer norm at the head of a residual branch, one kernel each way on GPUs.
 
-On the way there the last branch's result is added in the same kernel. The compiler does so too, in kernels whose tile
-sizes it chooses by timing: for gpt2_xl's width that choice was up to four times slower in one run than in another.
+In the forward pass the last branch's result is added in the same kernel. The compiler does so too, in kernels whose
+tile sizes it chooses by timing: for gpt2_xl's width that choice was up to four times slower in one run than in another.
 
-The norm's input goes two ways, through the norm and on as the residual, so on the way back there are two gradients to
+The norm's input goes two ways, through the norm and on as the residual, so the backward pass has two gradients to
 be added to one. The compiler does that and begins the sums for the norm's weight and bias in the same pass, but ends
 each of these sums with a kernel that takes longer than its data would. Here one kernel begins all sums over the rows,
 and one ends them. Two more come with them: the gradient of a bias is the sum over the rows of that of what it was added

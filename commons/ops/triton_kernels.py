@@ -118,7 +118,7 @@ def _norm(
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """One row. What is normed is the sum as it is stored, so that the way back sees the same."""
+    """One row. What is normed is the sum as it is stored, so that the backward pass sees the same."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -175,7 +175,7 @@ def norm(
     return normed, residual, mean, scale
 
 
-NORM_ELEMENTS = 4096  # a turn of the loop: as many rows as have so many
+NORM_ELEMENTS = 4096  # per turn of the loop: as many rows as fit
 NORM_WARPS = 4  # twice as many for rows of which fewer than four fit into a turn
 
 

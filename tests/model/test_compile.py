@@ -116,7 +116,7 @@ def test_inductor_trains_a_tiny_model(tmp_path):
     flags = ("--train_step", "3", "--warmup_step", "1", "--num_layers", "2", "--seq_len", "32")
     run = suite_runs.launch(tmp_path, *flags, "--compile", "on")
     assert run.returncode == 0, run.console
-    assert "compiled the model's blocks" in run.console and "not compiled" not in run.console
+    assert "compiled the model's blocks" in run.console and "torch.compile failed" not in run.console
     assert run.losses == pytest.approx([math.log(SHAPE.vocab)] * 3, abs=0.05)  # of a new model on random tokens
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(capsys):
     function = compiling.CompiledFunction(branching, "eager")
     assert function(torch.ones(2)).tolist() == [2.0, 2.0]
     assert function(-torch.ones(2)).tolist() == [-2.0, -2.0]
-    assert capsys.readouterr().err.count("not compiled: branching") == 1
+    assert capsys.readouterr().err.count("torch.compile failed for branching") == 1
 
 
 def compiled(device_type, **settings):

@@ -50,7 +50,7 @@ def build_hybrid(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     plugin = HybridParallelPlugin(
         tp_size=config.tp_degree,
         pp_size=config.pp_degree,
-        sp_size=1,  # the sequence is shared out over the tensor-parallel ranks
+        sp_size=1,  # the sequence is split over the tensor-parallel ranks
         # with one copy of the model there is nothing to share, and ZeRO's buckets would only cost
         zero_stage=config.zero_stage if data_parallel_size > 1 else 0,
         precision=config.precision,
