@@ -113,17 +113,17 @@ def kernels(job: Job) -> Iterator[str]:
 
 
 def fp8(job: Job) -> Iterator[str]:
-    """Where ``--precision fp8`` has no kernels: on other devices, under hooks an operation, for odd sizes."""
+    """Where ``--precision fp8`` has no kernels: on other devices, under hooks per operation, for odd sizes."""
     config, shape = job.config, job.shape
     if config.precision != "fp8" or job.plan is None or "fp8" not in job.plan.precisions:
         return
+    from commons.ops.fp8 import FIRST_CAPABILITY, MULTIPLE  # imports torch, which takes seconds
+
     instead = "use --precision bf16"
     if job.device_type != "cuda":
         yield f"--precision fp8 needs a GPU that has it (RTX 40, L40S, H100 or newer), not a CPU: {instead}"
     elif job.gpu_count:
         import torch
-
-        from commons.ops.fp8 import FIRST_CAPABILITY
 
         if torch.cuda.get_device_capability() < FIRST_CAPABILITY:
             name = torch.cuda.get_device_name()
@@ -132,8 +132,9 @@ def fp8(job: Job) -> Iterator[str]:
         yield f"--precision fp8 takes whole blocks: use --tp_degree 1 and --gemini_hooks block, or {instead}"
     tokens = config.batch_size * config.seq_len
     for what, size in (("--hidden_size", shape.hidden if shape else 0), ("--batch_size x --seq_len", tokens)):
-        if size % 16:
-            yield f"--precision fp8 needs a {what} that is a multiple of 16, got {size}: use {size // 16 * 16 + 16}"
+        if size % MULTIPLE:
+            fits = (size // MULTIPLE + 1) * MULTIPLE
+            yield f"--precision fp8 needs a {what} that is a multiple of {MULTIPLE}, got {size}: use {fits}"
 
 
 def gpus(job: Job) -> Iterator[str]:
