@@ -369,27 +369,30 @@ def tracked_files() -> set[str]:
 
 def test_file_tree_is_complete() -> None:
     """Every module of the suite has a line in the house, and every line is a file or a folder."""
-    tree = section("Every file in a line", "docs/architecture.md")
-    named = re.findall(r"^ *([\w./-]+\.(?:py|sh|md|txt|toml)|[\w./-]+/|\.ci/run)(?= |$)", tree, re.MULTILINE)
-    files = tracked_files()
+    named, files = tree_paths(section("Every file in a line", "docs/architecture.md")), tracked_files()
+    shown_by_their_folder = ("tests/", "benchmarks/", "commons/doctor/")
     modules = {
-        Path(name).name for name in files if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/"))
+        name
+        for name in files
+        if name.endswith(".py")
+        and not name.startswith(shown_by_their_folder)
+        and Path(name).name not in ("__init__.py", "__main__.py")
     }
-    modules -= {"__init__.py", "__main__.py"}
-    missing = modules - {Path(name).name for name in named} - doctor_modules(files)
-    assert not missing, f"not in the tree of docs/architecture.md: {sorted(missing)}"
-    existing = {Path(name).name for name in files} | {
-        f"{parent.name}/" for name in files for parent in Path(name).parents
-    }
-    gone = [
-        name for name in named if name.removesuffix("/").split("/")[-1] not in {e.removesuffix("/") for e in existing}
-    ]
-    assert not gone, f"in the tree of docs/architecture.md but not there: {gone}"
+    assert not modules - named, f"not in the tree of docs/architecture.md: {sorted(modules - named)}"
+    existing = files | {f"{parent}/" for name in files for parent in Path(name).parents}
+    assert not named - existing, f"in the tree of docs/architecture.md but not there: {sorted(named - existing)}"
 
 
-def doctor_modules(files: set[str]) -> set[str]:
-    """The doctor's own rooms; the tree shows their folder."""
-    return {Path(name).name for name in files if name.startswith("commons/doctor/")}
+def tree_paths(tree: str) -> set[str]:
+    """Whole paths of a tree's lines, which are indented by four spaces per folder."""
+    folders: list[str] = []
+    paths = set()
+    for indent, name in re.findall(r"^( *)([\w./-]+\.(?:py|sh|md|txt|sbatch)|[\w./-]+/)(?= |$)", tree, re.MULTILINE):
+        del folders[len(indent) // 4 :]
+        paths.add("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
 
 
 # ---- what a run shows

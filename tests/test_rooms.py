@@ -70,6 +70,19 @@ def test_imports_point_down() -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_room_says_what_it_may_import() -> None:
+    for number, rooms in enumerate(FLOORS):
+        below = [room for floor in FLOORS[number + 1 :] for room in floor]
+        for room in rooms:
+            path = REPOSITORY / "commons" / room / "__init__.py"
+            if not path.exists() or room == "doctor":  # which keeps to the standard library, and says so
+                continue
+            words = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+            said = words.partition("May import: ")[2].partition(".")[0]
+            assert said == (", ".join(below) or "nothing of the suite"), path
+            assert "May not: " in words, path
+
+
 def test_every_room_has_a_floor() -> None:
     rooms = {room_of(name) for name in modules()} - {""}
     assert rooms == set(FLOOR_OF), rooms ^ set(FLOOR_OF)

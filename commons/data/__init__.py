@@ -1,5 +1,5 @@
 """Batches of tokens.
 
 May import: lifecycle.
-May not: every other room.
+May not: launch, cli, training, plans, model, distributed, reporting, config, ops, doctor.
 """

@@ -1,5 +1,5 @@
 """The process group, every rank's place, and memory that ranks of one host share.
 
-May import: config, ops, lifecycle.
-May not: reporting, model and every room above.
+May import: config, model_zoo, ops, doctor, data, lifecycle.
+May not: launch, cli, training, plans, model, reporting.
 """

@@ -1,5 +1,5 @@
 """How a rank lives and ends: its heartbeat, its guard, the ways in which a run can end.
 
 May import: nothing of the suite.
-May not: every other room.
+May not: launch, cli, training, plans, model, distributed, reporting, config, ops, doctor, data.
 """

@@ -1,5 +1,5 @@
 """GPT-2 as pure functions of tensors, its initial weights, and how it is compiled and captured.
 
-May import: distributed, config, ops and below.
-May not: plans and every room above.
+May import: distributed, reporting, config, model_zoo, ops, doctor, data, lifecycle.
+May not: launch, cli, training, plans.
 """

@@ -1,5 +1,5 @@
 """Operators of GPT-2: losses, norms, feed-forward layers, fp8, recomputation, and their GPU kernels.
 
 May import: lifecycle.
-May not: every other room.
+May not: launch, cli, training, plans, model, distributed, reporting, config, doctor, data.
 """

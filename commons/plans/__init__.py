@@ -1,5 +1,5 @@
 """How model and optimizer are spread over devices: one entry per plan in registry.PLANS.
 
-May import: model and every room below.
+May import: model, distributed, reporting, config, model_zoo, ops, doctor, data, lifecycle.
 May not: launch, cli, training.
 """

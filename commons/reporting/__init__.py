@@ -1,5 +1,5 @@
 """What a run reports: step records, FLOPs, summaries, sinks, the console, the environment.
 
-May import: config, model_zoo, lifecycle.
-May not: distributed, training and every room above.
+May import: config, model_zoo, ops, doctor, data, lifecycle.
+May not: launch, cli, training, plans, model, distributed.
 """

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from suite_runs import launch, run_processes
+from suite_runs import REPOSITORY, launch, run_processes, torchrun
 
 from benchmarks import trace
 from commons.config.auto import EAGER_STEPS, graph_problems
@@ -158,82 +157,11 @@ def test_the_first_steps_are_launched_the_others_replayed(graphed, monkeypatch):
     assert graphed.calls[-1] == "forward" and len(graphed.graph.forwards) == 3
 
 
-class CapturedWhole:
-    """In place of a WholeStepGraph, which only a GPU has: launches again what was captured."""
-
-    peak_bytes = 7
-    parameters: list[torch.Tensor] = []  # noqa: RUF012
-
-    def __init__(self, forward, backward, clear, tokens, warm_up_passes) -> None:
-        self.passes = (forward, backward, clear)
-        for _ in range(warm_up_passes):
-            backward(forward(tokens))
-            clear()
-
-    def replay(self, tokens: torch.Tensor) -> torch.Tensor:
-        forward, backward, clear = self.passes
-        gradients = [each.grad for each in self.parameters]
-        clear()
-        loss = forward(tokens)
-        self.backward_begins = time.perf_counter()  # an event, on a GPU
-        backward(loss)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            assert gradient is not None, "the optimizer has let go of where the graph writes"
-            gradient.copy_(parameter.grad)  # pyright: ignore[reportArgumentType]
-            parameter.grad = gradient
-        return loss.detach()
-
-
-CAPTURED_RUN = """
-import sys
-import torch
-sys.path.insert(0, "tests/model")
-from test_step_graph import CapturedWhole
-from commons.cli.flags import read_config
-from commons.distributed import process_group
-from commons.lifecycle import leaving
-from commons.plans import torch_native
-from commons.training.loop import train_steps
-from commons.training.session import build_session
-
-def stand_in(*arguments):
-    graph = CapturedWhole(*arguments)
-    graph.parameters = list(session.trainable.model.parameters())
-    forward, backward, _ = graph.passes
-    backward(forward(arguments[3]))  # the capture leaves gradients where replays write them
-    return graph
-
-torch_native.WholeStepGraph = stand_in
-torch_native.has_room = lambda step_bytes: True
-for name in ("max_memory_allocated", "memory_allocated"):
-    setattr(torch.cuda, name, lambda: 0)
-torch.cuda.Stream = lambda: None
-here = process_group.launch("cpu", 60)
-kinds = {"launched": torch_native.TorchTrainable, "captured": torch_native.CapturedTorchTrainable}
-for plan in sys.argv[1].split():
-    config = read_config(["--distplan", plan, *sys.argv[2:]])
-    found = {}
-    for kind, trainable in kinds.items():
-        torch_native.TorchTrainable = trainable
-        session = build_session(config, here)
-        found[kind] = [(record.loss, record.grad_norm) for record in train_steps(session)]
-    assert session.trainable.replayed_bytes == 7
-    assert found["captured"] == found["launched"] and len(found["launched"]) == 5, found
-    if here.rank == 0:
-        print("the same", plan, flush=True)
-leaving.leave(0)
-"""
-
-
 def test_captured_steps_of_torchs_plans_are_the_launched_ones(tmp_path):
-    """But for the graph itself, for which a GPU is needed: passes before the capture leave nothing behind, and the
-    optimizer reads the gradients where replays write them.
-    """
-    (tmp_path / "run.py").write_text(CAPTURED_RUN)
+    """Passes before the capture leave nothing behind, and the optimizer reads gradients where replays write them."""
     plans = ["Pytorch_DDP", "Pytorch_ZeRO", "Pytorch_FSDP"]
-    flags = f"--device cpu --train_step 5 --clip_grad_norm 0.1 --lr 1e-2 --log_dir {tmp_path}".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    code, console = run_processes([*command, str(tmp_path / "run.py"), " ".join(plans), *flags])
+    flags = ["--device", "cpu", "--clip_grad_norm", "0.1", "--lr", "1e-2", "--log_dir", str(tmp_path)]
+    code, console = torchrun(REPOSITORY / "tests" / "workers" / "captured_worker.py", 2, " ".join(plans), *flags)
     assert code == 0, console
     assert all(console.count(f"the same {plan}") == 1 for plan in plans), console
 
