@@ -52,7 +52,7 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     warning, no_gpu, *rest = run.stderr.splitlines()
     assert "USE_SHARD_INIT has no effect any more" in warning
     assert re.match(r"No GPU seen.*\. Training gpt2_tiny on 2 CPU ranks with gloo", no_gpu)
-    assert "Troubleshooting" in no_gpu
+    assert "docs/troubleshooting.md" in no_gpu
     assert sorted(rest) == ["err of rank 0", "err of rank 1"]
     kept = (run.run_dir() / "console.log").read_text().splitlines()
     assert sorted(kept) == sorted(run.stdout.splitlines() + run.stderr.splitlines())
@@ -518,6 +518,7 @@ def test_two_nodes_meet_over_ipv6_and_by_name(tmp_path: Path, address: str) -> N
     body = (
         "import torch.distributed as dist; dist.init_process_group('gloo')\n"
         "import torch; one = torch.ones(1); dist.all_reduce(one); leave_note(sum=one.item())\n"
+        "from commons.lifecycle.leaving import leave_together; leave_together(0)\n"
     )
     runs = two_nodes(tmp_path, body, second={"MASTER_ADDR": address}, MASTER_ADDR=address)
     for rank, run in enumerate(runs):
