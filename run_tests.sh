@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: bash run_tests.sh [pytest's arguments]
 #
-#     bash run_tests.sh                     everything that needs no GPU
+#     bash run_tests.sh                     everything that needs no GPU, two test files at a time
 #     bash run_tests.sh --smoke             every plan once, on two CPU ranks: under two minutes on two cores
 #     bash run_tests.sh -m gpu              what needs GPUs (GEMINI_PARITY_OUT=FILE: its parity table in FILE.md)
 #     bash run_tests.sh tests/cli/test_config.py -k placement
@@ -16,6 +16,8 @@ marked="not gpu and not smoke" # a later -m among the arguments wins
 if [[ ${1:-} == --smoke ]]; then
     marked="smoke"
     set -- tests/test_smoke.py "${@:2}" # alone, since collecting the others takes longer than a run
+elif (($# == 0)); then
+    set -- --numprocesses 2 --dist loadfile # by file: fixtures that train are made once
 fi
 python="$(bash install.sh --dev)"
 

@@ -222,7 +222,7 @@ def _extra_problems(extras: Sequence[str], flags: Sequence[str]) -> list[str]:
             hint = f"did you mean {' or '.join(names)}?" if names else "see --help"
             found.append(f"unknown flag {flag}: {hint}")
         elif not after_unknown_flag:
-            found.append(f"{word!r} belongs to no flag: put the flag's name before it, see --help")
+            found.append(f"{word!r} does not belong to a flag: put the flag's name before it, see --help")
         after_unknown_flag = is_flag and "=" not in word
     return found
 

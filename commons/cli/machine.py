@@ -72,14 +72,14 @@ def cuda_graph(job: Job) -> Iterator[str]:
         return
     copies = job.config.peer_copies == "on" and not any(_without_peer_copies(job))
     for problem in graph_problems(job.config, job.device_type, job.world_size, copies):
-        yield f"--cuda_graph on captures nothing {problem}: use --cuda_graph off"
+        yield f"--cuda_graph on has no effect {problem}: use --cuda_graph off"
 
 
 def peer_copies(job: Job) -> Iterator[str]:
     """What ``--peer_copies on`` cannot do; "auto" leaves it out by itself."""
     if job.config.peer_copies == "on":
         for problem in _without_peer_copies(job):
-            yield f"--peer_copies on gathers nothing {problem}: use --peer_copies off"
+            yield f"--peer_copies on has no effect {problem}: use --peer_copies off"
 
 
 def _without_peer_copies(job: Job) -> Iterator[str]:
@@ -97,7 +97,7 @@ def kernels(job: Job) -> Iterator[str]:
             " them up twice: use --activation_checkpointing on, or off"
         )
     if config.check_parity and config.dropout > 0:
-        yield "--check_parity needs a run without chance: use --dropout 0, or remove it"
+        yield "--check_parity needs a run without randomness: use --dropout 0, or remove it"
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:

@@ -46,7 +46,7 @@ def peer_problems(config: TrainConfig, world_size: int, local_world_size: int) -
     if config.data_parallel_size(world_size) == 1:
         yield "on one data-parallel rank, which has everything itself"
     if world_size > local_world_size:
-        yield "between the memories of several machines"
+        yield "across machines"
 
 
 def graph_problems(

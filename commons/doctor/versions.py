@@ -45,7 +45,7 @@ TESTED = {
 GPU_TORCH, GPU_TORCH_RESULT = "2.11.0", "benchmarks/results/2026-11-26-h100-copies/parity.json"
 # Needed, in whatever version torch and transformers accept.
 ANY_VERSION = ("einops", "numpy", "packaging", "psutil", "rich", "safetensors", "tqdm")
-TEST_PACKAGES = ("pytest", "pytest-timeout")
+TEST_PACKAGES = ("pytest", "pytest-timeout", "pytest-xdist")
 
 CURES = {
     "torch": "pip install torch==2.13.0",

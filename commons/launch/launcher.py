@@ -204,8 +204,9 @@ def _choose_interface(launch: Launch, nodes: Nodes) -> None:
     name = interface_to_the_others(nodes)
     if name and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = name
-        line = f"Node {nodes.rank} of {nodes.count}: {name} ({nodes.addresses[nodes.rank]}) leads to the others."
-        launch.notices.append(f"{line} GLOO_SOCKET_IFNAME would choose another interface.")
+        interface = f"{name} ({nodes.addresses[nodes.rank]}) is the interface to the other nodes."
+        notice = f"Node {nodes.rank} of {nodes.count}: {interface} GLOO_SOCKET_IFNAME chooses another."
+        launch.notices.append(notice)
         print(launch.notices[-1], file=sys.stderr, flush=True)
 
 
@@ -289,7 +290,7 @@ def run_ranks(launch: Launch, store: TCPStore, script: Path, stop: StopSignals) 
         if isinstance(failed, ChildFailedError):
             return _report_failure(failed, nodes, course)
         if failed is not None:  # node 0, which holds the store, has gone
-            print(f"node {nodes.rank} lost the others: {failed}", file=sys.stderr, flush=True)
+            print(f"node {nodes.rank} lost its connection to the others: {failed}", file=sys.stderr, flush=True)
             return FAILURE
     return 0
 

@@ -108,7 +108,7 @@ class Answer:
 
     Attributes:
         differences: a sentence for each; nothing is started then.
-        problem: why node 0 cannot begin; "" where it can.
+        problem: why node 0 cannot start; "" where it can.
         addresses: by node, node 0's own left out ("").
         lifeline_port, secret: of the connection by which the launchers notice each other's end.
         run_name: of the run, whose folder node 0 has made.
@@ -287,7 +287,7 @@ def compare(
         hub: the answer as far as node 0 alone knows it.
 
     Raises:
-        MeetingError: a node did not come within ``timeout_seconds``.
+        MeetingError: a node did not join within ``timeout_seconds``.
         NodesDiffer: see ask.
     """
     store.set(card_key(0), json.dumps(asdict(card)))
@@ -297,7 +297,7 @@ def compare(
         answer = replace(hub, differences=list(_differences(cards)), addresses=[each.address for each in cards])
         answer = answer if answer.differences else replace(answer, run_name=begin())
     except Exception as error:
-        _tell(store, nodes, Answer(problem=f"node 0 cannot begin: {error}"))
+        _tell(store, nodes, Answer(problem=f"node 0 cannot start: {error}"))
         raise
     _tell(store, nodes, answer)
     return _checked(answer)
@@ -339,7 +339,7 @@ def _wait_for_cards(store: TCPStore, count: int, timeout_seconds: float) -> None
         if time.monotonic() > deadline:
             late = ", ".join(str(node) for node, key in enumerate(keys) if not store.check([key]))
             raise MeetingError(
-                f"node {late} did not come within {timeout_seconds:g} s: start the command on every machine,"
+                f"node {late} did not join within {timeout_seconds:g} s: start the command on every machine,"
                 " with NODE_RANK counting from 0, or allow more time with --timeout"
             )
         time.sleep(POLL_SECONDS)

@@ -276,7 +276,7 @@ def verdict_lines(
     first = blamed[0]
     on_node = f" on node {first.node}" if nodes.count > 1 else ""
     head = f"Rank{'s' * (len(blamed) > 1)} {names} of {nodes.world_size}{on_node} hung in {first.where}"
-    lines = [f"{head}: no rank has moved for {quiet:.0f} s (--timeout {timeout:g})."]
+    lines = [f"{head}: no rank made progress for {quiet:.0f} s (--timeout {timeout:g})."]
     if first.state in NOT_RUNNING:
         lines.append(f"Rank {first.rank}: {NOT_RUNNING[first.state].format(pid=first.pid)}.")
     waiting = [seen for seen in sightings if seen not in blamed]

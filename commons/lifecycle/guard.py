@@ -203,7 +203,7 @@ class Guard:
             self._reported = False
         elif not self._reported:
             self._reported = True
-            print(f"Rank {self.rank} has not moved for {quiet:.0f} s, in {beat.where()}:", file=sys.stderr)
+            print(f"Rank {self.rank} made no progress for {quiet:.0f} s, in {beat.where()}:", file=sys.stderr)
             print("".join(self._stacks()), end="", file=sys.stderr, flush=True)
         elif quiet > patience + 2 * MOST_MARGIN_SECONDS:
             why = f"Rank {self.rank} hung in {beat.where()}: no progress for {quiet:.0f} s (--timeout)."

@@ -137,7 +137,7 @@ class _Reading:
             return default
         if re.fullmatch(r"\d{1,9}", text):
             return int(text)
-        self._problems.append(f"{variable} must be a whole number from 0, got {text!r}: set it right, or unset it")
+        self._problems.append(f"{variable} must be a whole number from 0, got {text!r}: correct it, or unset it")
         return default
 
     def _numbers(self, family: Family) -> dict[str, int]:
@@ -242,7 +242,7 @@ class _Reading:
             return self._default_port()
         port = self._number("MASTER_PORT", PLAIN_PORT)
         if not 1 <= port <= 65535:
-            self._problems.append(f"MASTER_PORT must be a port from 1 to 65535, got {port}: set it right, or unset it")
+            self._problems.append(f"MASTER_PORT must be a port from 1 to 65535, got {port}: correct it, or unset it")
         return port
 
     def _default_port(self) -> int:
@@ -255,15 +255,15 @@ class _Reading:
 
 def _contradictions(rank: int, world_size: int, local_rank: int, local_world_size: int) -> Iterator[str]:
     rules = (
-        (world_size < 1, "WORLD_SIZE", world_size, "is no number of ranks"),
-        (0 < world_size <= rank, "RANK", rank, f"is none of WORLD_SIZE={world_size} ranks"),
-        (local_world_size < 1, "LOCAL_WORLD_SIZE", local_world_size, "is no number of ranks"),
+        (world_size < 1, "WORLD_SIZE", world_size, "is not a number of ranks"),
+        (0 < world_size <= rank, "RANK", rank, f"is out of range for WORLD_SIZE={world_size}"),
+        (local_world_size < 1, "LOCAL_WORLD_SIZE", local_world_size, "is not a number of ranks"),
         (local_world_size > world_size > 0, "LOCAL_WORLD_SIZE", local_world_size, f"exceeds WORLD_SIZE={world_size}"),
         (
             0 < local_world_size <= local_rank,
             "LOCAL_RANK",
             local_rank,
-            f"is none of the {local_world_size} ranks of this machine (LOCAL_WORLD_SIZE)",
+            f"is not one of the {local_world_size} ranks of this machine (LOCAL_WORLD_SIZE)",
         ),
         (local_rank > rank, "LOCAL_RANK", local_rank, f"exceeds RANK={rank}"),
     )

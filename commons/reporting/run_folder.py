@@ -28,7 +28,7 @@ class FolderInUse(RunError):
     exit_code = 2
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"{folder} belongs to a run that goes on: choose another --run_name, or leave it out")
+        super().__init__(f"{folder} is in use by a run that is still going: choose another --run_name, or omit it")
 
 
 def claim_folder(config: ResolvedConfig) -> ResolvedConfig:

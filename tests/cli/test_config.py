@@ -221,7 +221,7 @@ UNREADABLE = [
     (["--lrr", "3"], "unknown flag --lrr: did you mean --lr?"),
     (["--tp-degre", "2"], "did you mean --tp_degree"),
     (["--qqq"], "unknown flag --qqq: see --help"),
-    (["stray"], "'stray' belongs to no flag"),
+    (["stray"], "'stray' does not belong to a flag"),
     (["--distplan", "CAI_Gemni"], "--distplan 'CAI_Gemni' does not exist: did you mean CAI_Gemini"),
     (["--distplan", "cai_gemini"], "did you mean CAI_Gemini"),
     (["--model_type", "gpt2_meduim"], "did you mean gpt2_medium"),
@@ -304,7 +304,7 @@ WRONG = [
     ({"precision": "fp8", "gemini_hooks": "operation"}, "--precision fp8 takes whole blocks"),
     ({"precision": "fp8", "batch_size": 1, "seq_len": 24}, "--batch_size x --seq_len that is a multiple of 16"),
     ({"trace_step": 11, "train_step": 10}, "--trace_step 11 is never reached"),
-    ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without chance: use --dropout 0"),
+    ({"check_parity": True, "dropout": 0.1}, "--check_parity needs a run without randomness: use --dropout 0"),
     (
         {"precision": "fp32", "zero_stage": 1, "world_size": 2},
         "in fp32 shards nothing over data-parallel ranks: use --zero_stage 0",

@@ -169,10 +169,10 @@ def test_on_is_refused_with_every_reason(tmp_path):
     flags = ("--peer_copies", "on", "--device", "cpu", "--placement", "cpu", "--gemini_hooks", "operation")
     run = launch(tmp_path, *flags, ranks=2)
     assert run.returncode == 2
-    assert "--peer_copies on gathers nothing under --placement cpu, which moves chunks: use --peer_copies off" in (
+    assert "--peer_copies on has no effect under --placement cpu, which moves chunks: use --peer_copies off" in (
         run.console
     )
-    assert "--peer_copies on gathers nothing under --gemini_hooks operation: use" in run.console
+    assert "--peer_copies on has no effect under --gemini_hooks operation: use" in run.console
 
 
 def test_passes_of_several_ranks_are_recorded_where_they_copy():
@@ -180,7 +180,7 @@ def test_passes_of_several_ranks_are_recorded_where_they_copy():
     reason = "on several data-parallel ranks without --peer_copies"
     assert list(graph_problems(TrainConfig(), "cuda", 2)) == [reason]
     assert not list(graph_problems(TrainConfig(), "cuda", 2, peer_copies=True))
-    told = f"--cuda_graph on captures nothing {reason}: use --cuda_graph off"
+    told = f"--cuda_graph on has no effect {reason}: use --cuda_graph off"
     for choice, local_world_size, refused in (
         ("auto", 2, False),
         ("on", 2, False),

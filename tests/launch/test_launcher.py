@@ -577,7 +577,7 @@ def test_cards_are_compared(store: Any) -> None:
 
 def test_a_missing_node_is_named_on_all_that_came(store: Any) -> None:
     thread, ends = in_thread(lambda: ask(of_another_node(store), Nodes(1, 4, 2), Card({}), 5))
-    with pytest.raises(MeetingError, match=r"node 1, 3 did not come within 0\.5 s"):
+    with pytest.raises(MeetingError, match=r"node 1, 3 did not join within 0\.5 s"):
         compare(store, Nodes(1, count=4), Card({}), 0.5, str, Answer())
     thread.join()
     assert isinstance(ends[0], MeetingError) and "node 1, 3 did not come" in str(ends[0])
@@ -591,7 +591,7 @@ def test_what_keeps_node_0_from_beginning_is_told_on_all(store: Any) -> None:
     with pytest.raises(FolderInUse):
         compare(store, Nodes(1, count=2), Card({}), 5, begin, Answer())
     thread.join()
-    assert "node 0 cannot begin: logs/run belongs to a run that goes on" in str(ends[0])
+    assert "node 0 cannot start: logs/run is in use by a run that is still going" in str(ends[0])
 
 
 THOUSAND = """

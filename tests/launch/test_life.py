@@ -488,7 +488,7 @@ def test_a_hanging_rank(name: str, remains: Remains) -> None:
     # --timeout 20 from the hang on, then the launcher has to end the others
     assert remains.notes["named_after"] < 20, remains.console
     verdict = remains.console[remains.console.index("hung in") - len(f"Rank {rank} of 2 ") :]
-    head = rf"Rank {rank} of 2 hung in step 4, the forward pass: no rank has moved for 1\d s \(--timeout 20\)\."
+    head = rf"Rank {rank} of 2 hung in step 4, the forward pass: no rank made progress for 1\d s \(--timeout 20\)\."
     assert re.match(head, verdict), verdict
     blamed, _, waiting = verdict.partition("was waiting for it in step 4")
     assert evidence in blamed and f"Rank {rank}, its stack" in blamed and "in mark" in blamed, verdict
@@ -501,7 +501,7 @@ def test_a_hanging_rank(name: str, remains: Remains) -> None:
 def test_a_hang_under_plain_torchrun(remains: Remains) -> None:
     """Nobody compares the ranks; each says where it is, and the run ends."""
     assert remains.code != 0 and not remains.left
-    assert re.search(r"Rank 1 has not moved for 1\d s, in step 4, the forward pass:", remains.console)
+    assert re.search(r"Rank 1 made no progress for 1\d s, in step 4, the forward pass:", remains.console)
     assert "in endless_loop" in remains.console
     assert remains.summary["ended"] in ("hung", "failed", "SIGTERM") and remains.summary["steps"] == 3
 

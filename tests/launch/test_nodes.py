@@ -77,7 +77,7 @@ def test_two_machines_train_what_one_does(network: Network, tmp_path: Path) -> N
     runs = end_of((first, second), START_SECONDS)
     assert [run.returncode for run in runs] == [0, 0], "\n".join(run.console for run in runs)
     for node, run in enumerate(runs):
-        assert f"Node {node} of 2: eth0 ({ADDRESSES[node]}) leads to the others." in run.console
+        assert f"Node {node} of 2: eth0 ({ADDRESSES[node]}) is the interface to the other nodes." in run.console
     assert (runs[1].run_dir.name, sorted(os.listdir(runs[1].run_dir))) == (runs[0].run_dir.name, ["console-node1.log"])
     alone = launch(tmp_path / "alone", *SETTINGS, ranks=2)
     assert alone.returncode == 0, alone.console
@@ -182,7 +182,7 @@ def test_a_node_that_does_not_come_is_named(network: Network, tmp_path: Path) ->
     first = NodeRun(network, 0, tmp_path, *SETTINGS, "--timeout=5", **where)
     done = first.wait(START_SECONDS)
     assert done.returncode == 1
-    assert "Nothing was started: node 1 did not come within 5 s" in first.last_lines
+    assert "Nothing was started: node 1 did not join within 5 s" in first.last_lines
     second = NodeRun(network, 1, tmp_path, *SETTINGS, "--timeout=5", **where)
     done = second.wait(START_SECONDS)
     assert done.returncode == 1

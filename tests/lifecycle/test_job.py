@@ -94,20 +94,20 @@ def test_places(variables: dict[str, str], expected: tuple[int, int, int, int]) 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "2", "WORLD_SIZE": "2", **HERE}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **HERE}, "RANK=2 is out of range for WORLD_SIZE=2"),
         ({"RANK": "-1", "WORLD_SIZE": "2", **HERE}, "RANK must be a whole number from 0, got '-1'"),
         ({"RANK": "0", "WORLD_SIZE": "two", **HERE}, "WORLD_SIZE must be a whole number from 0, got 'two'"),
-        ({"RANK": "0", "WORLD_SIZE": "0", **HERE}, "WORLD_SIZE=0 is no number of ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "0", **HERE}, "WORLD_SIZE=0 is not a number of ranks"),
         ({"RANK": "1"}, "RANK=1 without WORLD_SIZE: set WORLD_SIZE too"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK: set RANK too"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without RANK and WORLD_SIZE"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **HERE}, "LOCAL_RANK=1 exceeds RANK=0"),
         (
             {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1", **HERE},
-            "LOCAL_RANK=1 is none of the 1 ranks of this machine",
+            "LOCAL_RANK=1 is not one of the 1 ranks of this machine",
         ),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3", **HERE}, "LOCAL_WORLD_SIZE=3 exceeds WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0", **HERE}, "LOCAL_WORLD_SIZE=0 is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0", **HERE}, "LOCAL_WORLD_SIZE=0 is not a number"),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "without LOCAL_RANK: set LOCAL_RANK"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "2 ranks without MASTER_ADDR: set it"),
         (
@@ -257,5 +257,5 @@ def test_a_rank_of_one_needs_no_local_rank(tmp_path: Path) -> None:
 def test_a_contradiction_ends_with_2(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, f"--log_dir={tmp_path / 'logs'}", *FLAGS]
     returncode, console = run_processes(command, environment={"RANK": "5", "WORLD_SIZE": "2", **HERE}, seconds=60)
-    assert returncode == 2 and "RANK=5 is none of WORLD_SIZE=2 ranks" in console and "Traceback" not in console
+    assert returncode == 2 and "RANK=5 is out of range for WORLD_SIZE=2" in console and "Traceback" not in console
     assert list(tmp_path.iterdir()) == []

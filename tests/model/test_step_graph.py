@@ -87,7 +87,7 @@ def test_auto_captures_where_blocks_are_compiled(monkeypatch):
 def test_on_is_refused_with_every_reason(tmp_path):
     run = launch(tmp_path, "--cuda_graph", "on", "--device", "cpu", "--grad_accum", "2")
     assert run.returncode == 2
-    assert "captures nothing on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
+    assert "has no effect on a CPU: use --cuda_graph off" in run.console and "under --grad_accum" in run.console
 
 
 class Captured:

@@ -61,7 +61,8 @@ def test_one_name_given_to_two_runs_at_once_is_refused_to_one(tmp_path: Path) ->
     (tmp_path / "stop").touch()
     first, second = sorted((run.wait() for run in runs), key=lambda run: run.code)
     assert (first.code, second.code) == (0, 2), first.stderr + second.stderr
-    told = f"Nothing was started: {tmp_path / 'logs' / 'mine'} belongs to a run that goes on: choose another --run_name"
+    mine = tmp_path / "logs" / "mine"
+    told = f"Nothing was started: {mine} is in use by a run that is still going: choose another --run_name"
     assert told in second.stderr and "Traceback" not in second.stderr
     assert not (second.folder / "note-0.json").exists()
 
@@ -113,12 +114,12 @@ def test_without_the_launcher_a_live_run_s_folder_is_refused_too(tmp_path: Path,
     (tmp_path / "stop").touch()
     assert holder.wait().code == 0
     assert code == (1 if ranks else 2), console  # torchrun's own code
-    assert "mine belongs to a run that goes on: choose another --run_name" in console
+    assert "mine is in use by a run that is still going: choose another --run_name" in console
     assert not (tmp_path / "logs" / "mine" / "metrics.jsonl").exists()
 
 
 def test_a_claim_is_this_process_s(tmp_path: Path) -> None:
     config = TrainConfig(log_dir=str(tmp_path), run_name="mine").resolve("cpu")
     claim_folder(config)
-    with pytest.raises(FolderInUse, match="belongs to a run that goes on"):
+    with pytest.raises(FolderInUse, match="is in use by a run that is still going"):
         claim_folder(config)
