@@ -11,6 +11,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 
 # What a capture needs beyond a step that was launched: workspaces of its own stream, and memory in other pieces.
 SPARE_BYTES, SPARE_SHARE = 256 << 20, 0.1
+# An event with timing between the passes of one graph: https://github.com/pytorch/pytorch/pull/155372 (June 2025).
+TIMES_INSIDE = "external" in inspect.signature(torch.cuda.Event.__new__).parameters
 
 
 def has_room(step_bytes: int) -> bool:
@@ -103,6 +106,7 @@ class WholeStepGraph:
 
     Raises:
         RuntimeError: something in the passes cannot be captured; the model cannot be used any more.
+        TypeError: torch is too old for it, see TIMES_INSIDE.
 
     Attributes:
         backward_begins: where in a replay the forward pass has ended, an event with timing.

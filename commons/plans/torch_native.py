@@ -19,7 +19,7 @@ from commons.distributed.device import Device, compute_dtype
 from commons.distributed.process_group import every_rank
 from commons.lifecycle.notices import say
 from commons.model.compile import functions_for, run_as_functions
-from commons.model.cuda_graph import WholeStepGraph, has_room
+from commons.model.cuda_graph import TIMES_INSIDE, WholeStepGraph, has_room
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.ops.gradient_norm import clip_, sum_of_squares
 from commons.plans.trainable import Mark, Update, weighted
@@ -138,6 +138,9 @@ class CapturedTorchTrainable(TorchTrainable):
         return update
 
     def _capture(self, tokens: torch.Tensor) -> None:
+        if not TIMES_INSIDE:
+            say(f"torch {torch.__version__} cannot time passes inside a CUDA graph: falling back to eager launches")
+            return
         if not every_rank(has_room(self._step_bytes), tokens.device):
             say("too little free device memory to capture CUDA graphs (--cuda_graph): falling back to eager launches")
             return

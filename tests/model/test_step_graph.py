@@ -17,6 +17,7 @@ from commons.config.auto import EAGER_STEPS, graph_problems
 from commons.config.schema import TrainConfig
 from commons.distributed.device import Device
 from commons.model.cuda_graph import StepGraph, has_room
+from commons.plans import torch_native
 from commons.plans.colossal import boosted
 from commons.plans.registry import PLANS
 from commons.plans.trainable import weighted
@@ -164,6 +165,22 @@ def test_captured_steps_of_torchs_plans_are_the_launched_ones(tmp_path):
     code, console = torchrun(REPOSITORY / "tests" / "workers" / "captured_worker.py", 2, " ".join(plans), *flags)
     assert code == 0, console
     assert all(console.count(f"the same {plan}") == 1 for plan in plans), console
+
+
+def test_a_torch_that_cannot_time_inside_a_graph_launches_torchs_plans(monkeypatch, capsys):
+    model = torch.nn.Linear(2, 1)
+    config = TrainConfig(distplan="Pytorch_DDP", precision="fp32").resolve("cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainable = torch_native.CapturedTorchTrainable(model, optimizer, config, Device("cpu", "a CPU", 0, 0, 1), True)
+    monkeypatch.setattr(torch_native, "TIMES_INSIDE", False)
+    monkeypatch.setattr(trainable, "forward", lambda tokens: model(tokens).sum())
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 0)
+    for _ in range(EAGER_STEPS + 2):
+        trainable.forward_backward(torch.ones(3, 2), 1.0, lambda phase, at=None: None)
+    assert model.weight.grad is not None and model.weight.grad.tolist() == [[3.0 * (EAGER_STEPS + 2)] * 2]
+    assert trainable.replayed_bytes == 0
+    assert capsys.readouterr().err.count("cannot time passes inside a CUDA graph") == 1
 
 
 def test_both_passes_of_a_micro_batch_are_one_call_that_tells_its_phases(graphed, monkeypatch):

@@ -61,7 +61,7 @@ def train(trainable: type, config: Any, here: Any) -> tuple[list[tuple[float, fl
 
 
 def main(plans: str, *flags: str) -> None:
-    torch_native.has_room = lambda step_bytes: True
+    torch_native.has_room, torch_native.TIMES_INSIDE = lambda step_bytes: True, True
     for name in ("max_memory_allocated", "memory_allocated"):
         setattr(torch.cuda, name, lambda: 0)
     launched, captured = torch_native.TorchTrainable, torch_native.CapturedTorchTrainable
