@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(200)  # the first test waits for the one run of
 RANKS = 2
 # gpt2_tiny by hand: 1,000 tokens padded to 1,024 and 128 positions of 64, four blocks, the last norm
 WHOLE = (1024 + 128) * 64 + 4 * (12 * 64 * 64 + 13 * 64) + 2 * 64
-# Gemini's chunks, one per block, are as large as a block; the embedding's and the rest's are padded to that size or more
+# Gemini's chunks, one per block, are as large as a block; those of the embedding and the rest are padded
 CHUNKS = 315_456
 GEMINI = "--distplan CAI_Gemini --blocks_per_chunk 1 --max_prefetch"
 
