@@ -452,6 +452,11 @@ def test_run_names_that_leave_the_folder(name: str, tmp_path: Path) -> None:
     assert "must be a folder's name" in found(run_name=name, log_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("length", [1, 199, 200])
+def test_run_names_up_to_the_longest(length: int, tmp_path: Path) -> None:
+    assert found(run_name="x" * length, log_dir=str(tmp_path)) == ""
+
+
 def test_run_that_is_already_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old").mkdir()
     where = {"log_dir": str(tmp_path), "run_name": "old"}

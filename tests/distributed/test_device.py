@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,21 +15,61 @@ from suite_runs import run_processes
 from commons.data.random_tokens import random_tokens
 from commons.distributed.device import Device, detect_type
 from commons.distributed.process_group import free_port
-from commons.training.clock import MIB, PhaseClock, measured_peak_flops, memory_use
+from commons.training.clock import MIB, PhaseClock, StepTiming, measured_peak_flops, memory_use
 
 HERE = Device("cpu", "a CPU", 0, 0, 1)
 
 
-def test_phases_add_up_to_the_step() -> None:
+def test_phases_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own, read once at the start, at each mark, and at the end for phases and step."""
+    times = iter([1.0, 1.5, 2.5, 6.5, 7.0, 7.25, 7.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     clock = PhaseClock(HERE)
     clock.start()
-    for phase, seconds in (("forward", 0.02), ("backward", 0.04), ("forward", 0.02), ("optimizer", 0.01)):
+    for phase in ("forward", "backward", "forward", "optimizer"):
         clock.mark(phase)
-        time.sleep(seconds)
-    timing = clock.stop()
-    assert timing.forward_seconds >= 0.04 and timing.backward_seconds >= 0.04 and timing.optimizer_seconds >= 0.01
-    phases = timing.forward_seconds + timing.backward_seconds + timing.optimizer_seconds
-    assert phases <= timing.step_seconds == pytest.approx(phases, abs=0.002)
+    assert clock.stop() == StepTiming(6.5, 1.0 + 0.5, 4.0, 0.25)
+    assert next(times, None) is None
+
+
+def test_a_step_forgets_the_marks_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", iter(range(100)).__next__)
+    monkeypatch.setattr(PhaseClock, "_elapsed_seconds", staticmethod(lambda begin, end: float(end - begin)))
+    clock = PhaseClock(HERE)
+    timings = []
+    for _ in range(2):
+        clock.start()
+        clock.mark("forward")
+        timings.append(clock.stop())
+    assert timings[0] == timings[1] == StepTiming(3, 1.0, 0.0, 0.0)
+
+
+def test_a_phase_begins_at_the_event_that_a_captured_graph_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the host launched the graph: the forward pass lasts until the event, the backward pass from there."""
+    times = iter([10.0, 10.5, 14.0, 14.5, 15.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    told: list[str] = []
+    clock = PhaseClock(HERE, told.append)
+    clock.start()
+    clock.mark("forward")
+    clock.mark("backward", at=cast("Any", 12.0))
+    clock.mark("optimizer")
+    assert clock.stop() == StepTiming(5.0, 1.5, 2.0, 0.5)
+    assert told == ["forward", "backward", "optimizer"]
+
+
+class Event:
+    """A CUDA event whose time is known; milliseconds, as torch has them."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.milliseconds - self.milliseconds
+
+
+def test_events_of_the_device_are_in_milliseconds() -> None:
+    assert PhaseClock._elapsed_seconds(Event(250), Event(1750)) == 1.5
 
 
 OUTSIDE_CLOCK = """

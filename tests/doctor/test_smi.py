@@ -77,3 +77,22 @@ def test_cuda_of_the_driver(
     assert smi.driver_cuda(linux) == expected
     linux.libcuda = Libcuda(True, (LINUX_LIBCUDA,), (12, 9), 0, (H100,))
     assert smi.driver_cuda(linux) == (12, 9)
+
+
+# https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/: the first branch that runs each CUDA
+FIRST_BRANCHES = {
+    "11.0": 450, "11.2": 460, "11.4": 470, "11.5": 495, "11.6": 510, "11.7": 515, "11.8": 520, "12.0": 525, "12.1": 530,
+    "12.2": 535, "12.3": 545, "12.4": 550, "12.5": 555, "12.6": 560, "12.7": 565, "12.8": 570, "12.9": 575, "13.0": 580,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cuda", FIRST_BRANCHES)
+def test_both_sides_of_every_driver_branch(linux: FakeMachine, cuda: str) -> None:
+    """The branch itself runs its CUDA, the one before it only that one's."""
+    branch, versions = FIRST_BRANCHES[cuda], list(FIRST_BRANCHES)
+    before = versions[versions.index(cuda) - 1] if cuda != versions[0] else None
+    for driver_version, expected in ((f"{branch}.00", cuda), (f"{branch}.999", cuda), (f"{branch - 1}.99", before)):
+        query = FakeSmi(gpu(driver_version=driver_version))
+        linux.install("/usr/bin/nvidia-smi", lambda given, query=query: query(given) if given else Completed(0, ""))
+        linux.forget()
+        assert smi.cuda_by_nvidia_smi(linux) == (None if expected is None else tuple(map(int, expected.split("."))))

@@ -13,6 +13,9 @@ from model_zoo import MODEL_SIZES, build_model
 
 # saved tensors in sizes of the hidden states, at most; see commons/ops/activation_checkpointing.py
 KEPT = {"off": 17, "selective": 11, "on": 1.5}
+# and at least: below, something dear is computed again, attention's result being one of these sizes
+LEAST = {"off": 16.0, "selective": 10.0, "on": 1.0}
+LEAST_OF = {"fp8": {"off": 8.3, "selective": 5.5}, "GELU in products": {"selective": 6.0}, "both": {"selective": 6.0}}
 LAYERS = {"plain": {}, "fp8": {"fp8": True}, "kernels": {"kernels": True}, "GELU in products": {"fused_gelu": True}}
 LAYERS["both"] = {"kernels": True, "fused_gelu": True}
 
@@ -49,7 +52,7 @@ def test_no_more_is_kept_than_is_told(mode, layers):
     hidden = torch.randn(2, 64, shape.hidden, requires_grad=True)
     block(hidden, *parameters)  # to be compiled
     sizes = kept(block, hidden, parameters)
-    assert sizes < KEPT[mode]
+    assert LEAST_OF.get(layers, {}).get(mode, LEAST[mode]) <= sizes < KEPT[mode]
     assert mode != "off" or sizes > 5 * KEPT["on"]  # what is counted is there
 
 

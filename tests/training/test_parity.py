@@ -79,6 +79,24 @@ def test_a_difference_just_beyond_the_bound_breaks_and_one_just_inside_holds(
         assert found.verdict == verdict, found
 
 
+# By hand, loss and gradient norm: one token; few, where the root of their number counts; many, where the floor does.
+BOUNDS = {
+    "fp32": {1: (1e-6, 1e-5), 16: (1e-6, 1e-5), 10**6: (1e-6, 1e-5)},
+    "fp16": {1: (1e-3, 4e-3), 16: (2.5e-4, 4e-3), 10**6: (1e-5, 4e-3)},
+    "bf16": {1: (8e-3, 5e-2), 64: (1e-3, 5e-2), 400: (4e-4, 2e-2), 10**6: (1e-4, 1e-2)},
+    "fp8": {1: (1.6e-2, 4e-2), 64: (2e-3, 4e-2), 10**6: (1e-3, 4e-2)},
+}
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_bounds_by_hand(precision: str) -> None:
+    """What rounding explains was measured (the table beside ROUNDING): nobody widens it unnoticed."""
+    for tokens, (loss, norm) in BOUNDS[precision].items():
+        bound = parity.bound_for(precision, tokens)
+        assert (bound.loss, bound.grad_norm) == (pytest.approx(loss), pytest.approx(norm)), tokens
+    assert set(BOUNDS) == set(parity.ROUNDING)
+
+
 def test_bounds_count_the_tokens_of_all_copies_and_batches() -> None:
     records, reference = _records([(2.0, 4.0, 0)]), [parity.ReferenceStep(2.0, 4.0)]
     config = _config("bf16", batch_size=3, seq_len=9, grad_accum=2)
