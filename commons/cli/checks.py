@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from commons.cli import layout, machine, output
+from commons.cli import data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.wording import either, shown, unknown
@@ -182,6 +182,8 @@ def _placement(job: Job) -> Iterator[str]:
 CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     _names,
     _steps,
+    data.settings,
+    data.corpus,
     layout.sequence,
     layout.heads,
     layout.widths,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from commons.config.auto import compile_problem, graph_problems, peer_problems
 from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
+from commons.data.batch_source import RANDOM, DataRequest
 from model_zoo import MODEL_SIZES, ModelShape, divisors
 
 # What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
@@ -91,6 +92,17 @@ class ResolvedConfig(TrainConfig):
             }
         return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
 
+    def data_request(self) -> DataRequest:
+        """What is asked of the data's source; see commons.data.sources."""
+        return DataRequest(
+            path=self.data,
+            tokenizer=self.tokenizer,
+            seq_len=self.seq_len,
+            vocab=self.shape().vocab,
+            seed=self.seed,
+            eval_fraction=self.eval_fraction,
+        )
+
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
@@ -134,7 +146,8 @@ def resolve(given: TrainConfig, where: Where) -> ResolvedConfig:
         chosen |= choices.keys()
         config = TrainConfig(**{**_values(config), **choices})
     # a shell leaves the ~ in --log_dir=~/logs as it is
-    values = {**_values(config), "log_dir": str(Path(given.log_dir).expanduser())}
+    paths = {"log_dir": given.log_dir} if given.data == RANDOM else {"log_dir": given.log_dir, "data": given.data}
+    values = {**_values(config), **{name: str(Path(path).expanduser()) for name, path in paths.items()}}
     return ResolvedConfig(**values, chosen=tuple(name for name in given.as_dict() if name in chosen))
 
 
