@@ -260,9 +260,10 @@ def _frugal_order(nodes: list[Any]) -> list[Any]:
     order: list[Any] = []
     made: set[int] = set(given)
 
-    def growth(node: Any) -> int:
+    def growth(node: Any) -> tuple[int, int]:
+        """What is added in all, and, where that is equal, what is made: views come first."""
         new = sum(nbytes for key, nbytes in _storages(node) if key not in made)
-        return new - sum(sizes[key] for key in reads[node] if readers[key] == 1 and key not in given)
+        return new - sum(sizes[key] for key in reads[node] if readers[key] == 1 and key not in given), new
 
     while ready:
         node = min(ready, key=growth)

@@ -31,6 +31,8 @@ DEVICE_KINDS = (
 )
 # of one rank; "process" is what Python, its libraries and the driver take
 HOST_KINDS = ("parameters", "gradients", "master weights", "optimizer states", "pinned beyond need", "process")
+# Made in the first optimizer step, from memory that the step before has left in large pieces: nothing is rounded up.
+MADE_LATER = ("optimizer states",)
 # What torch's allocator does not count.
 UNCOUNTED = ("context and NCCL", "allocator slack")
 
@@ -123,7 +125,8 @@ def _of_rank(run: Run) -> Forecast:
     at_rest = Counter({kind: 0 for kind in DEVICE_KINDS})
     for each in held:
         if each.place in ("device", "shared"):
-            at_rest[each.kind] += block_bytes(each.nbytes) if on_gpu and each.place == "device" else each.nbytes
+            fresh = on_gpu and each.place == "device" and each.kind not in MADE_LATER
+            at_rest[each.kind] += block_bytes(each.nbytes) if fresh else each.nbytes
     at_rest.update(run.always())
     moments = {name: at_rest + Counter(more) for name, more in phases(run, held)}
     phase, at_peak = max(moments.items(), key=lambda item: sum(item[1].values()))
