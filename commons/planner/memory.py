@@ -122,7 +122,7 @@ def _different_ranks(config: ResolvedConfig, world_size: int) -> Iterable[int]:
 def _of_rank(run: Run) -> Forecast:
     held = states(run.config, run.world_size, run.rank)
     on_gpu = run.config.device == "cuda"
-    at_rest = Counter({kind: 0 for kind in DEVICE_KINDS})
+    at_rest = Counter(dict.fromkeys(DEVICE_KINDS, 0))
     for each in held:
         if each.place in ("device", "shared"):
             fresh = on_gpu and each.place == "device" and each.kind not in MADE_LATER
@@ -151,7 +151,7 @@ def _of_rank(run: Run) -> Forecast:
 
 def _host(run: Run, held: Iterable[Held]) -> tuple[dict[str, int], int]:
     """Of one rank by kind, and how much of it is pinned."""
-    host, pinned = Counter({kind: 0 for kind in HOST_KINDS}), 0
+    host, pinned = Counter(dict.fromkeys(HOST_KINDS, 0)), 0
     for each in held:
         if each.place == "pinned":
             really = pinned_bytes(each.nbytes)
