@@ -74,9 +74,7 @@ class Forecast:
         return sum(self.host.values())
 
 
-def forecast(
-    config: ResolvedConfig, world_size: int, local_world_size: int, gpu: GpuModel | None = None
-) -> Forecast:
+def forecast(config: ResolvedConfig, world_size: int, local_world_size: int, gpu: GpuModel | None = None) -> Forecast:
     """What one rank of a run takes, the one that takes most.
 
     Args:
