@@ -29,7 +29,8 @@ class Speeds(NamedTuple):
 
     Attributes:
         memory: device memory.
-        link: to the other GPUs of the host: NVLink, or PCIe where the card has none.
+        link: to the other GPUs of the host: NVLink, PCIe where the card has none, half of it through the host's memory
+            where GPUs do not reach each other (GeForce).
         host_link: to the host, PCIe with 16 lanes unless the card has fewer.
     """
 
@@ -55,12 +56,12 @@ SPEEDS: dict[str, Speeds] = {
     "V100-32GB": Speeds(900e9, 150e9, _PCIE3),
     "V100-16GB": Speeds(900e9, 150e9, _PCIE3),
     "T4-16GB": Speeds(320e9, _PCIE3, _PCIE3),
-    "RTX-3060-12GB": Speeds(360e9, _PCIE4, _PCIE4),
-    "RTX-3090-24GB": Speeds(936e9, _PCIE4, _PCIE4),
-    "RTX-4060-8GB": Speeds(272e9, _PCIE4 / 2, _PCIE4 / 2),
-    "RTX-4070-12GB": Speeds(504e9, _PCIE4, _PCIE4),
-    "RTX-4090-24GB": Speeds(1008e9, _PCIE4, _PCIE4),
-    "RTX-5090-32GB": Speeds(1792e9, _PCIE5, _PCIE5),
+    "RTX-3060-12GB": Speeds(360e9, _PCIE4 / 2, _PCIE4),
+    "RTX-3090-24GB": Speeds(936e9, _PCIE4 / 2, _PCIE4),
+    "RTX-4060-8GB": Speeds(272e9, _PCIE4 / 4, _PCIE4 / 2),
+    "RTX-4070-12GB": Speeds(504e9, _PCIE4 / 2, _PCIE4),
+    "RTX-4090-24GB": Speeds(1008e9, _PCIE4 / 2, _PCIE4),
+    "RTX-5090-32GB": Speeds(1792e9, _PCIE5 / 2, _PCIE5),
 }
 # Of a GPU that the table does not know: slow on every count, so that no plan is chosen for a link it may not have.
 UNKNOWN_SPEEDS = Speeds(300e9, _PCIE3, _PCIE3)
@@ -101,6 +102,11 @@ class Machine:
     def speeds(self) -> Speeds:
         """Datasheet bandwidths of the GPU; of a slow one where the table does not know it."""
         return UNKNOWN_SPEEDS if self.gpu is None else SPEEDS.get(self.gpu.name, UNKNOWN_SPEEDS)
+
+    @property
+    def has_peer_access(self) -> bool:
+        """Whether GPUs of one host reach each other's memory: GeForce's driver does not let them."""
+        return self.gpu is not None and "GeForce" not in self.gpu.device_name
 
     def describe(self) -> str:
         """As ``--plan_for`` takes it."""
@@ -253,8 +259,8 @@ def this_machine(nodes: int, ranks_per_node: int, device_type: str) -> Machine:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = _gpu_at_hand() if device_type == "cuda" else None
-    total = psutil.virtual_memory().total
-    return Machine(nodes, ranks_per_node, gpu, total, USUAL_NODE_LINK, cores, at_hand=True)
+    free = psutil.virtual_memory().available
+    return Machine(nodes, ranks_per_node, gpu, free, USUAL_NODE_LINK, cores, at_hand=True)
 
 
 def _gpu_at_hand() -> GpuModel:

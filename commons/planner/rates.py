@@ -66,7 +66,7 @@ def default_rates(machine: Machine) -> Rates:
     node, host_adam = machine.node_link * NODE_LINK_SHARE, HOST_ADAM_PER_CORE * machine.cores_per_node
     if machine.gpu is None:
         cores = max(1.0, machine.cores_per_node / machine.gpus_per_node)
-        flops = {precision: cores * CPU_CORE_FLOPS for precision in PRECISIONS}
+        flops: dict[str, float] = dict.fromkeys(PRECISIONS, cores * CPU_CORE_FLOPS)
         memory = cores * CPU_CORE_MEMORY
         return Rates(flops, memory, CPU_LINK, min(node, CPU_LINK), memory, host_adam)
     speeds = machine.speeds

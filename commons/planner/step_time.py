@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 from commons.config.resolved import ResolvedConfig
 from commons.planner.machines import Machine
@@ -190,14 +191,14 @@ class _Job:
 
     # ---- sizes
 
-    @property
+    @cached_property
     def shape(self) -> ModelShape:
         return self.config.shape()
 
     @property
     def copies(self) -> bool:
         """Whether Gemini's ranks copy from each other's memory, rather than call NCCL."""
-        return self.config.peer_copies == "on" and self.machine.device_type == "cuda"
+        return self.config.peer_copies == "on" and self.machine.has_peer_access
 
     @property
     def dp(self) -> int:
