@@ -5,11 +5,15 @@ Arithmetic in one process on a CPU: no process group, no GPU, nothing is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from commons.config.resolved import ResolvedConfig
+from commons.planner.calibration import Calibration, default_for
 from commons.planner.gpus import GpuModel
+from commons.planner.states import Held, states
+from commons.planner.step import Run, phases
 
 # In the order in which tables show them.
 DEVICE_KINDS = (
@@ -74,14 +78,105 @@ class Forecast:
         return sum(self.host.values())
 
 
-def forecast(config: ResolvedConfig, world_size: int, local_world_size: int, gpu: GpuModel | None = None) -> Forecast:
+def forecast(
+    config: ResolvedConfig,
+    world_size: int,
+    local_world_size: int,
+    gpu: GpuModel | None = None,
+    calibration: Calibration | None = None,
+    *,
+    rough: bool = False,
+) -> Forecast:
     """What one rank of a run takes, the one that takes most.
 
     Args:
         world_size: ranks in all; ``local_world_size`` of them on a machine.
         gpu: what it runs on; None: an H100 for a run on GPUs, and nothing for one on CPUs.
+        calibration: what was measured there (default: what is known of such GPUs).
+        rough: guess high what a block takes instead of tracing it, in milliseconds instead of seconds.
 
     Raises:
         ValueError: the degrees do not divide ``world_size``.
     """
-    raise NotImplementedError
+    if world_size % config.model_parallel_size:
+        raise ValueError(
+            f"world size {world_size} is not divisible by tp x pp = {config.model_parallel_size}: use another number"
+        )
+    measured = calibration or default_for(gpu.capability if gpu else None)
+    plans = [
+        _of_rank(Run(config, world_size, local_world_size, rank, gpu, measured, rough))
+        for rank in _different_ranks(config, world_size)
+    ]
+    return max(plans, key=lambda plan: (plan.device_peak, plan.host_bytes))
+
+
+def _different_ranks(config: ResolvedConfig, world_size: int) -> Iterable[int]:
+    """Ranks among which is the one that takes most: one of each stage; all, where each has parameters of its own."""
+    if config.distplan == "Pytorch_ZeRO":
+        return range(world_size)
+    return [stage * config.tp_degree for stage in range(config.pp_degree)]
+
+
+def _of_rank(run: Run) -> Forecast:
+    held = states(run.config, run.world_size, run.rank)
+    on_gpu = run.config.device == "cuda"
+    at_rest = Counter({kind: 0 for kind in DEVICE_KINDS})
+    for each in held:
+        if each.place in ("device", "shared"):
+            at_rest[each.kind] += block_bytes(each.nbytes) if on_gpu and each.place == "device" else each.nbytes
+    at_rest.update(run.always())
+    moments = {name: at_rest + Counter(more) for name, more in phases(run, held)}
+    phase, at_peak = max(moments.items(), key=lambda item: sum(item[1].values()))
+    transient = sum(at_peak.values()) - sum(at_rest.values())
+    if on_gpu:
+        measured = run.calibration
+        outside = measured.context + (measured.nccl if run.world_size > 1 else 0)
+        slack = measured.slack + int(measured.slack_share * transient)
+        at_rest.update({"context and NCCL": outside})
+        at_peak.update({"context and NCCL": outside, "allocator slack": slack})
+    host, pinned = _host(run, held)
+    return Forecast(
+        device_at_rest={kind: at_rest[kind] for kind in DEVICE_KINDS},
+        device_at_peak={kind: at_peak[kind] for kind in DEVICE_KINDS},
+        peak_phase=phase,
+        host=host,
+        pinned=pinned,
+        shared_memory=0 if on_gpu else sum(each.nbytes for each in held if each.place == "shared"),
+        ranks_per_host=run.local_world_size,
+    )
+
+
+def _host(run: Run, held: Iterable[Held]) -> tuple[dict[str, int], int]:
+    """Of one rank by kind, and how much of it is pinned."""
+    host, pinned = Counter({kind: 0 for kind in HOST_KINDS}), 0
+    for each in held:
+        if each.place == "pinned":
+            really = pinned_bytes(each.nbytes)
+            pinned += really
+            host[each.kind] += each.nbytes
+            host["pinned beyond need"] += really - each.nbytes
+        elif each.place == "host":
+            host[each.kind] += each.nbytes
+    host["process"] = run.calibration.process if run.config.device == "cuda" else run.calibration.cpu_process
+    return dict(host), pinned
+
+
+# --- how allocators round ---------------------------------------------------------------------------------------------
+
+# torch's caching allocator on a GPU: blocks in multiples of 512 bytes; a large one is a segment of its own, a multiple
+# of 2 MiB, whose end is given back only where it is larger than 1 MiB.
+BLOCK, LARGE, SEGMENT, KEPT_END = 512, 10 << 20, 2 << 20, 1 << 20
+
+
+def block_bytes(nbytes: int) -> int:
+    """What torch's allocator on a GPU counts for a tensor that it has just got memory for."""
+    rounded = max(BLOCK, nbytes + -nbytes % BLOCK)
+    if rounded < LARGE:
+        return rounded
+    segment = rounded + -rounded % SEGMENT
+    return segment if segment - rounded <= KEPT_END else rounded
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What torch's allocator of pinned memory takes: a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes > 0 else 0
