@@ -49,6 +49,7 @@ class Forecast:
         pinned: of ``host``, what is pinned, as really pinned.
         shared_memory: of one rank in /dev/shm.
         ranks_per_host: so many ranks take ``host`` on one machine.
+        context: of "context and NCCL", what a process takes that has only made a context.
     """
 
     device_at_rest: Mapping[str, int]
@@ -58,6 +59,7 @@ class Forecast:
     pinned: int
     shared_memory: int
     ranks_per_host: int
+    context: int = 0
 
     @property
     def device_rest(self) -> int:
@@ -146,6 +148,7 @@ def _of_rank(run: Run) -> Forecast:
         pinned=pinned,
         shared_memory=0 if on_gpu else sum(each.nbytes for each in held if each.place == "shared"),
         ranks_per_host=run.local_world_size,
+        context=run.calibration.context if on_gpu else 0,
     )
 
 

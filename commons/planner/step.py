@@ -316,7 +316,7 @@ class _Moment:
 
     def _window(self, moment: str) -> set[int]:
         """Numbers of the chunks that the moment's region reads, and of those gathered ahead of the next."""
-        run, layers = self._run, self._run.shape.layers
+        run = self._run
         head = run.chunks.of(["transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"])
         of_block = [
             run.chunks.of([f"transformer.h.{block}.ln_1.weight", f"transformer.h.{block}.mlp.c_proj.weight"])
