@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from commons.cli import data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
+from commons.cli.planning import planning
 from commons.cli.wording import either, shown, unknown
 from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
 from commons.plans.registry import PLANS
@@ -113,6 +114,7 @@ READ_UNDER = {
     "warmup_non_model_data_ratio": ("placement", "auto"),
     "steady_cuda_cap_ratio": ("placement", "auto"),
     "initial_loss_scale": ("precision", "fp16"),
+    "auto_minutes": ("auto", True),
 }
 
 
@@ -122,8 +124,8 @@ def _is_not_read(config: TrainConfig, name: str, in_range: bool) -> str | None:
     other, wanted = READ_UNDER[name]
     if getattr(config, other) == wanted:
         return None
-    change = f", or use --{other} {wanted}" if in_range else ""
-    return f"--{name} is read under --{other} {wanted} only: remove it{change}"
+    change = f", or use --{other} {shown(wanted)}" if in_range else ""
+    return f"--{name} is read under --{other} {shown(wanted)} only: remove it{change}"
 
 
 def _names(job: Job) -> Iterator[str]:
@@ -198,5 +200,6 @@ CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     machine.kernels,
     machine.fp8,
     machine.gpus,
+    planning,
     output.output,
 )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
+from commons.cli import planning
 from commons.cli.checks import problems
 from commons.cli.data import prepare
 from commons.cli.limits import LIMITS
@@ -70,7 +71,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return f"{action.option_strings[0]} {metavar}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def help_text(prog: str, *sections: str) -> str:
@@ -286,6 +287,10 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
             _tell_instead(argv)
         sys.exit(0)
     request = read_request(argv, environ or {})
+    if planning.wants_answer(request.line.given):
+        from commons.cli.answers import answer
+
+        sys.exit(answer(request, job.world_size, job.local_world_size, speaks))
     config, found = judge(request.line, job.world_size, job.local_world_size)
     found = [*job.problems, *(name_variables(problem, environ or {}, request.flags) for problem in found)]
     watched = WATCH_VARIABLE in os.environ  # a launcher has started the ranks, and told its notices
@@ -294,6 +299,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
             f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
             f" or torchrun's own --max-restarts={config.max_restarts}"
         )
+    if config.auto and not watched:
+        found.append("--auto needs the launcher, which starts the trials: use bash run_gemini.sh, or --plan_for")
     tells = speaks and not watched and environ is not None
     if tells:
         for line in (*request.notices, *_notices(config, job, environ or {}, runs=not found)):

@@ -89,6 +89,7 @@ LIMITS: dict[str, Limit] = {
     # the C++ of torch counts in nanoseconds, poll() in 32 bits of milliseconds: eleven days are far below both
     "timeout": Limit(600, above=0, high=1_000_000),
     "max_restarts": Limit(1, low=0, high=1_000),
+    "auto_minutes": Limit(5, low=0, high=10_000),
 }
 
 

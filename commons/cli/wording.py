@@ -26,6 +26,8 @@ def either(names: Iterable[Any]) -> str:
 
 
 def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -28,6 +28,12 @@ def compile_problem(device_type: str) -> str | None:
     return None
 
 
+def is_compilable(config: TrainConfig) -> bool:
+    """Whether a configuration's blocks are whole and visible, so that they can be compiled where a compiler is."""
+    whole_blocks = config.model_parallel_size == 1 and config.distplan != "CAI_Hybrid"
+    return whole_blocks and (config.distplan != "CAI_Gemini" or config.gemini_hooks == "block")
+
+
 def chunk_problems(config: TrainConfig) -> Iterator[str]:
     """Where Gemini's chunks are not gathered by a region's hooks, or do not stay on the device, one reason each."""
     offload = config.offload_optim_frac or config.offload_param_frac

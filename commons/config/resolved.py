@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from commons.config.auto import compile_problem, graph_problems, peer_problems
+from commons.config.auto import compile_problem, graph_problems, is_compilable, peer_problems
 from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
 from commons.data.batch_source import RANDOM, DataRequest
 from model_zoo import MODEL_SIZES, ModelShape, divisors
@@ -238,9 +238,7 @@ def _pipeline(config: TrainConfig, where: Where) -> Mapping[str, Any]:
 
 
 def _compile(config: TrainConfig, where: Where) -> Mapping[str, Any]:
-    whole_blocks = config.model_parallel_size == 1 and config.distplan != "CAI_Hybrid"
-    visible = config.distplan != "CAI_Gemini" or config.gemini_hooks == "block"
-    possible = where.device_type == "cuda" and whole_blocks and visible and compile_problem("cuda") is None
+    possible = where.device_type == "cuda" and is_compilable(config) and compile_problem("cuda") is None
     return {"compile": "on" if possible else "off"}
 
 

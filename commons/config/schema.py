@@ -267,12 +267,42 @@ class OutputFlags:
     quiet: bool = _flag(False, "print no line per step, only the header and the end")
 
 
+@dataclass(frozen=True)
+class PlanningFlags:
+    _argument_group_name: ClassVar[str] = "Planning"
+
+    dry_run: bool = _flag(
+        False, "start nothing: print what the run would take and how fast it would be; exit code 3 if it does not fit"
+    )
+    no_preflight: bool = _flag(
+        False, "start even if the run does not fit into the memory that is free, instead of ending with exit code 3"
+    )
+    json: bool = _flag(False, "with --dry_run and --plan_for: print one JSON document, for programs")
+    auto: bool = _flag(
+        False,
+        "choose plan, degrees, fractions, batch and recomputation, as far as they are not given: by memory and a model"
+        " of the step's time, then by short runs of the best few",
+    )
+    auto_minutes: float = _flag(5.0, "time for these runs; 0: choose by the model alone", "MINUTES")
+    plan_for: str = _flag(
+        "",
+        'plan for machines that are not at hand, for example "64 x H100-80GB, 1000 GiB host" or "128 nodes of 8 x'
+        ' H100-80GB, 2000 GiB host, 400 Gbit/s", as --dry_run does for this one; with --auto the best layout there',
+        "MACHINES",
+    )
+    calibrate: bool = _flag(
+        False, "start nothing: measure this machine's rates for the planner, and keep them in the user's cache folder"
+    )
+
+
 # In the order of --help.
-FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, DataFlags, OptimizerFlags, MachineFlags, OutputFlags)
+FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, DataFlags, OptimizerFlags, MachineFlags, PlanningFlags, OutputFlags)
 
 
 @dataclass(frozen=True)
-class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, DataFlags, BatchFlags, PlanFlags, ModelFlags):
+class TrainConfig(
+    OutputFlags, PlanningFlags, MachineFlags, OptimizerFlags, DataFlags, BatchFlags, PlanFlags, ModelFlags
+):
     """The settings of a run, flat: the groups exist for --help alone.
 
     None and "auto" (but for Gemini's placement of that name) mean: not chosen yet, :meth:`resolve` does that.

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commons.cli import answers, planning
 from commons.cli.data import prepare
 from commons.cli.flags import (
     CONFIG_ERROR,
+    Request,
     become_doctor,
     find_devices,
     help_text,
@@ -33,6 +35,7 @@ from commons.cli.machine import no_gpu_notice
 from commons.cli.variables import name_variables
 from commons.config.resolved import ResolvedConfig
 from commons.doctor import explanation, needs_no_traceback
+from commons.launch.auto import CHOICE_FILE, choose_layout
 from commons.launch.console_copy import ConsoleCopy
 from commons.launch.lifeline import Lifeline
 from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, interface_to_the_others, meet
@@ -40,6 +43,7 @@ from commons.launch.stop_signals import Stopped, StopSignals
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.outcome import FAILURE, Ended, read_note, stopped_by
 from commons.reporting.run_folder import FolderInUse, claim_folder
+from commons.reporting.writing import write_json
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -69,12 +73,14 @@ class Launch:
         given: the settings that the user gave, by flag or by variable; the ranks get these.
         config: all settings, resolved.
         notices: what the user is told before anything starts.
+        choice: what --auto found, for the run's folder; None without it.
     """
 
     given: dict[str, Any]
     config: ResolvedConfig
     nodes: Nodes
     notices: list[str]
+    choice: Mapping[str, Any] | None = None
 
     def add_notice(self, line: str) -> None:
         """Tell the user now, and console.log later."""
@@ -95,6 +101,9 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
         return 0
     try:
         stop = StopSignals()
+        request = read_request(argv, os.environ)
+        if planning.wants_answer(request.line.given):
+            return answer(request, os.environ)
         launch, found = read_launch(argv, os.environ)
         for line in launch.notices:
             print(line, file=sys.stderr, flush=True)
@@ -102,6 +111,11 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
         if found:
             report(found)
             return CONFIG_ERROR
+        if launch.config.auto:
+            chosen = choose_layout(launch)
+            if isinstance(chosen, int):
+                return chosen
+            launch = chosen
         return start(launch, script, stop)
     except Stopped as stopped:
         print(f"Stopped by {signal.Signals(stopped.signum).name}.", file=sys.stderr, flush=True)
@@ -121,10 +135,23 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     device_type, _ = find_devices(line.config().device)
     nodes, node_problems = read_nodes(environ, line.config().model_parallel_size, device_type)
     config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
+    if line.given.get("auto"):  # what is open is not decided yet: commons.launch.auto judges what it chooses
+        found = [*line.problems, *planning.wrong_flags(line)]
     found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
         notices.append(no_gpu_notice(config, nodes.world_size))
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
+
+
+def answer(request: Request, environ: Mapping[str, str]) -> int:
+    """Answer --plan_for, --dry_run or --calibrate for the ranks that would be started; returns the exit code."""
+    config = request.line.config()
+    device_type, _ = find_devices(config.device)
+    nodes, wrong = read_nodes(environ, config.model_parallel_size, device_type)
+    if wrong and not config.plan_for:
+        report(wrong)
+        return CONFIG_ERROR
+    return answers.answer(request, nodes.world_size, nodes.ranks_per_node)
 
 
 def read_nodes(environ: Mapping[str, str], model_parallel_size: int, device_type: str) -> tuple[Nodes, list[str]]:
@@ -166,6 +193,8 @@ def start(launch: Launch, script: Path, stop: StopSignals) -> int:
         _choose_interface(launch, met.nodes)
         config = dataclasses.replace(launch.config, run_name=met.run_name)
         launch = dataclasses.replace(launch, config=config, nodes=met.nodes)
+        if launch.choice is not None and launch.nodes.rank == 0:
+            write_json(config.run_dir / CHOICE_FILE, launch.choice)
         console_copy = _open_console_copy(launch)
     except (MeetingError, FolderInUse) as error:
         print(f"Nothing was started: {error}", file=sys.stderr, flush=True)

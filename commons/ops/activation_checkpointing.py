@@ -29,7 +29,7 @@ def checkpoint_arguments(mode: str, *, compiled: bool = False) -> dict[str, Any]
     if mode == "selective" or compiled:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-        kept = _what_is_dear() if mode == "selective" else set()
+        kept = dear_operations() if mode == "selective" else set()
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep(kept))
     return arguments
 
@@ -44,7 +44,8 @@ def _keep(operations: set[Any]) -> Callable:
     return policy
 
 
-def _what_is_dear() -> set[Any]:
+def dear_operations() -> set[Any]:
+    """Whose results "selective" keeps: matrix products with weights and fused attention."""
     import torch
 
     aten = torch.ops.aten

@@ -11,11 +11,29 @@ ones straddle blocks.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from model_zoo import ModelShape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Item = TypeVar("Item")
+
+
+class Cut(NamedTuple):
+    """One chunk before it is built.
+
+    Attributes:
+        size: its elements, padding included; a multiple of the ranks that share it.
+        tensors: indices of the tensors in it, in their order.
+        used: elements of these.
+    """
+
+    size: int
+    tensors: list[int]
+    used: int
 
 
 def block_elements(shape: ModelShape, tp_degree: int = 1) -> int:
@@ -69,3 +87,30 @@ def blocks_first(model: nn.Module) -> Any:
     for param in ordered:
         statistics._param_runtime_order.append(param)
     return statistics
+
+
+def cut_into_chunks(elements: Sequence[int], chunk_size: int, zero_size: int) -> list[Cut]:
+    """The chunks that Gemini's manager makes of tensors of so many ``elements``, in their order.
+
+    Nothing is built: this is ``ChunkManager.register_tensor`` as arithmetic, for whoever plans a run.
+    https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk/manager.py
+    """
+    cuts: list[Cut] = []
+    for index, count in enumerate(elements):
+        if cuts and cuts[-1].used + count <= cuts[-1].size:
+            last = cuts[-1]
+            cuts[-1] = Cut(last.size, [*last.tensors, index], last.used + count)
+        else:
+            size = count + -count % zero_size if count > chunk_size else chunk_size
+            cuts.append(Cut(size, [index], count))
+    return cuts
+
+
+def first_that_fit(items: Sequence[Item], sizes: Sequence[int], room: float) -> list[Item]:
+    """Items while they fit into what is left of ``room``, in the unit of their ``sizes``; larger ones are passed over."""
+    fitting, left = [], room
+    for item, size in zip(items, sizes, strict=True):
+        if size <= left + 0.5:
+            fitting.append(item)
+            left -= size
+    return fitting

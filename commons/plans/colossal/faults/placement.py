@@ -9,6 +9,7 @@ import torch
 from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy
 
+from commons.plans.colossal.chunks import first_that_fit
 from commons.plans.colossal.faults.base import UpstreamFault
 
 
@@ -59,13 +60,9 @@ class _ProbeChunk:
 
 def _first_that_fit(chunks: list, fraction: float) -> list:
     """Chunks while they fit into ``fraction`` of the bytes of all: never more than that, and 1 takes all."""
-    left = sum(chunk.chunk_mem for chunk in chunks) * fraction
-    fitting = []
-    for chunk in chunks:
-        if not chunk.keep_gathered and chunk.chunk_mem <= left + 0.5:
-            fitting.append(chunk)
-            left -= chunk.chunk_mem
-    return fitting
+    room = sum(chunk.chunk_mem for chunk in chunks) * fraction
+    movable = [chunk for chunk in chunks if not chunk.keep_gathered]
+    return first_that_fit(movable, [chunk.chunk_mem for chunk in movable], room)
 
 
 def _setup_grads_device(self: Any, params: list, grads_device_map: dict) -> None:

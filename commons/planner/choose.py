@@ -1,0 +1,376 @@
+"""--auto: of all layouts that a machine's memory takes, those that the time model finds fastest.
+
+A layout is what the user left open of SEARCHED. Layouts are ranked by the time model, which costs microseconds, and the
+memory forecast is asked from the fastest on, until enough have been found that fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from commons.config.resolved import ResolvedConfig
+from commons.config.schema import TrainConfig
+from commons.planner.machines import Machine, resolve_for
+from commons.planner.memory import Forecast
+from commons.planner.memory import forecast as forecast_memory
+from commons.planner.rates import Rates
+from commons.planner.step_time import StepTime, forecast_step
+from commons.plans.registry import PLANS, Plan
+from model_zoo import divisors, padded_parameter_count
+
+# What --auto chooses where the user does not.
+SEARCHED = (
+    "distplan",
+    "tp_degree",
+    "pp_degree",
+    "shard_param_frac",
+    "offload_optim_frac",
+    "offload_param_frac",
+    "zero_stage",
+    "num_microbatches",
+    "batch_size",
+    "activation_checkpointing",
+)
+# What has to be open for --auto to have anything to do; the others belong to some plans alone.
+MAIN = ("distplan", "batch_size", "activation_checkpointing")
+BATCHES = {"cuda": (1, 2, 4, 8, 16, 32, 64), "cpu": (1, 2, 4, 8, 16)}
+RECOMPUTE = ("off", "selective", "on")
+# shard_param_frac, offload_optim_frac, offload_param_frac
+FRACTIONS = (
+    (1.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0),
+    (1.0, 0.25, 0.0),
+    (1.0, 0.5, 0.0),
+    (1.0, 0.75, 0.0),
+    (1.0, 1.0, 0.0),
+    (1.0, 1.0, 0.5),
+    (1.0, 1.0, 1.0),
+)
+# What need not be said, since it is so without being said.
+UNSAID = {"tp_degree": 1, "pp_degree": 1, "offload_optim_frac": 0.0, "offload_param_frac": 0.0}
+MICROBATCHES_PER_STAGE = (1, 2, 4, 8)
+CLOSE = 0.01  # of the speed: what a smaller batch may cost
+WANTED = 6  # layouts that fit, for the table and the trials
+SEARCH_SECONDS = 20.0  # for memory forecasts
+
+Settings = Mapping[str, Any]
+Memory = Callable[[ResolvedConfig, Machine], Forecast]
+Judge = Callable[[Settings], Sequence[str]]
+
+
+class Kind(NamedTuple):
+    """A kind of layout. ``offload``: 0 nothing, 1 the optimizer, 2 parameters too."""
+
+    distplan: str
+    degrees: tuple[int, int, int]
+    shard_param_frac: float
+    offload: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout.
+
+    Attributes:
+        settings: what was chosen, without what the user gave.
+        config: all settings, resolved for the machine.
+        memory: None before it was asked for.
+    """
+
+    settings: Settings
+    config: ResolvedConfig
+    time: StepTime
+    memory: Forecast | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What tells layouts apart that are worth a trial each; of one kind only the best batch is."""
+        config = self.config
+        offload = (config.offload_optim_frac > 0) + (config.offload_param_frac > 0)
+        degrees = (config.tp_degree, config.pp_degree, config.zero_stage)
+        return Kind(config.distplan, degrees, config.shard_param_frac, offload)
+
+    def label(self) -> str:
+        """The chosen settings in short, for a line of a table."""
+        return " ".join(f"{name}={_shown(value)}" for name, value in self.settings.items()) or "as given"
+
+
+@dataclass
+class Search:
+    """What a search came to.
+
+    Attributes:
+        fitting: layouts that fit, the fastest first, one of a kind.
+        nearest: where none fits, the one that lacks least.
+        too_large, refused: layouts that do not fit, and that the settings' checks refuse, of all ``considered``.
+        refusals: why the fastest of the refused cannot run.
+        complete: False where the time for it was over.
+    """
+
+    fitting: list[Candidate] = field(default_factory=list)
+    nearest: Candidate | None = None
+    considered: int = 0
+    too_large: int = 0
+    refused: int = 0
+    refusals: list[str] = field(default_factory=list)
+    complete: bool = True
+
+
+def nothing_open(given: Iterable[str]) -> str | None:
+    """Why ``--auto`` has nothing to choose, None where it has: the names of the settings that were ``given``."""
+    names = set(given)
+    if all(name in names for name in MAIN) and ("placement" in names or _fractions_given(names)):
+        return "--auto has nothing to choose, since plan, batch, recomputation and placement are given: remove it"
+    return None
+
+
+def _fractions_given(names: set[str]) -> bool:
+    return {"shard_param_frac", "offload_optim_frac", "offload_param_frac"} <= names
+
+
+def search(
+    given: Settings,
+    machine: Machine,
+    rates: Rates,
+    judge: Judge,
+    *,
+    memory: Memory | None = None,
+    wanted: int = WANTED,
+    seconds: float = SEARCH_SECONDS,
+) -> Search:
+    """The fastest layouts of ``given`` that fit on ``machine``; see :class:`Search`.
+
+    Args:
+        given: the settings that the user gave, by name; each is kept.
+        judge: what is wrong with settings, empty where nothing is.
+        memory: the forecast, in bytes (default: commons.planner.memory's).
+        wanted: layouts, of as many kinds.
+        seconds: after which no more forecasts are made.
+    """
+    found, ask = Search(), memory or forecast_on
+    ranked = sorted(candidates(given, machine, rates), key=lambda layout: -layout.time.tokens_per_second)
+    found.considered = len(ranked)
+    verdicts: dict[tuple[Any, ...], list[str]] = {}
+    failed: dict[tuple[Any, ...], int] = {}
+    best: dict[Kind, Candidate] = {}
+    least, end = float("inf"), time.monotonic() + seconds
+    for layout in ranked:
+        if len(best) >= wanted and layout.kind not in best:
+            break
+        if (layout.kind in best and not _is_close(layout, best[layout.kind])) or _fits_with_less(layout.kind, best):
+            continue
+        if _already_failed(layout, failed) or least_device_bytes(layout.config, machine) > _device_bytes(machine):
+            found.too_large += 1
+            continue
+        key = _judged_by(layout)
+        if verdicts.setdefault(key, list(judge({**given, **layout.settings}))):
+            found.refused += 1
+            found.refusals = found.refusals or verdicts[key]
+            continue
+        if time.monotonic() > end:
+            found.complete = False
+            break
+        layout = dataclasses.replace(layout, memory=ask(layout.config, machine))
+        lacking = shortfall(layout.memory, machine)
+        if lacking:
+            found.too_large += 1
+            _remember_failure(layout, failed)
+            if max(lacking.values()) < least:
+                least, found.nearest = max(lacking.values()), layout
+        else:
+            best[layout.kind] = layout
+    found.fitting = sorted(best.values(), key=lambda layout: -layout.time.tokens_per_second)
+    return found
+
+
+def _is_close(layout: Candidate, best: Candidate) -> bool:
+    """Whether it is nearly as fast with a smaller batch: that leaves memory free, and is nearer to what trains well."""
+    as_fast = layout.time.tokens_per_second >= (1 - CLOSE) * best.time.tokens_per_second
+    same = layout.config.activation_checkpointing == best.config.activation_checkpointing
+    return as_fast and same and layout.config.batch_size < best.config.batch_size
+
+
+def _fits_with_less(kind: Kind, fitting: Mapping[Kind, Candidate]) -> bool:
+    """Whether the same with less on the host fits, and is faster then."""
+    return any(kind._replace(offload=less) in fitting for less in range(kind.offload))
+
+
+def _judged_by(layout: Candidate) -> tuple[Any, ...]:
+    return tuple(layout.settings.items())
+
+
+def _without_batch(layout: Candidate) -> tuple[Any, ...]:
+    kept = {name: value for name, value in layout.settings.items() if name not in ("batch_size", "num_microbatches")}
+    return (*kept.items(), layout.config.num_microbatches // layout.config.pp_degree)
+
+
+def _already_failed(layout: Candidate, failed: Mapping[tuple[Any, ...], int]) -> bool:
+    """A smaller batch of the same did not fit."""
+    return layout.config.batch_size >= failed.get(_without_batch(layout), 1 << 62)
+
+
+def _remember_failure(layout: Candidate, failed: dict[tuple[Any, ...], int]) -> None:
+    failed[_without_batch(layout)] = min(layout.config.batch_size, failed.get(_without_batch(layout), 1 << 62))
+
+
+# ---- memory
+
+
+def forecast_on(config: ResolvedConfig, machine: Machine) -> Forecast:
+    """The memory forecast of one rank of ``machine``."""
+    return forecast_memory(config, machine.world_size, machine.gpus_per_node, machine.gpu)
+
+
+def shortfall(memory: Forecast | None, machine: Machine) -> dict[str, int]:
+    """Bytes that are lacking, by "device" and "host"; empty where it fits."""
+    if memory is None:
+        return {}
+    device = memory.device_peak - _device_bytes(machine) if machine.gpu is not None else 0
+    host = memory.host_bytes * memory.ranks_per_host - (machine.host_bytes or float("inf"))
+    if machine.gpu is None:  # CPU ranks compute in the host's memory
+        host += memory.device_peak * memory.ranks_per_host
+    lacking = {"device": device, "host": host}
+    return {where: int(size) for where, size in lacking.items() if size > 0}
+
+
+def _device_bytes(machine: Machine) -> float:
+    return machine.gpu.memory_bytes if machine.gpu is not None else float("inf")
+
+
+def least_device_bytes(config: ResolvedConfig, machine: Machine) -> float:
+    """Bytes that one device takes at the very least: weights, the optimizer's states, every block's input. It
+    leaves out, without a forecast, what cannot fit by far.
+    """
+    dp = config.data_parallel_size(machine.world_size)
+    elements = padded_parameter_count(config.shape()) / config.model_parallel_size
+    plan, width = PLANS[config.distplan], 4 if config.precision == "fp32" else 2
+    states = 4 * 3 if config.precision != "fp32" else 4 * 2
+    share = dp if "optimizer states" in plan.sharded else 1
+    if config.distplan == "CAI_Hybrid" and config.zero_stage == 0:
+        share = 1
+    weights = width * elements / (dp if "parameters" in plan.sharded and config.shard_param_frac > 0 else 1)
+    offloaded = 1.0 if config.placement == "auto" else config.offload_optim_frac
+    kept = 0.0 if config.offload_param_frac else weights
+    inputs = width * config.batch_size * config.seq_len * config.hidden_size * config.num_layers
+    inputs /= config.model_parallel_size  # a pipeline keeps one batch in all, TP with sequence parallelism a part
+    return kept + states * elements / share * (1 - offloaded) + inputs
+
+
+# ---- candidates
+
+
+def candidates(given: Settings, machine: Machine, rates: Rates) -> Iterator[Candidate]:
+    """Every layout with what the user left open, with its step time."""
+    config = TrainConfig(**given)
+    open_names = [name for name in SEARCHED if name not in given]
+    plans = [plan for plan in PLANS.values() if "distplan" not in given or plan.name == given["distplan"]]
+    for plan in plans:
+        if config.precision not in plan.precisions:
+            continue
+        for layout in _layouts(plan, given, machine):
+            try:
+                base = resolve_for(TrainConfig(**{**given, **layout}), machine)
+            except (ZeroDivisionError, ValueError):  # degrees that cannot be, which the checks would refuse
+                continue
+            yield from _batches(base, layout, open_names, machine, rates)
+
+
+def _layouts(plan: Plan, given: Settings, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The plan, its degrees, its fractions, as settings beside those given."""
+    named = {} if "distplan" in given else {"distplan": plan.name}
+    for tp, pp in _degrees(plan, given, machine):
+        degrees = {name: value for name, value in (("tp_degree", tp), ("pp_degree", pp)) if name not in given}
+        if not plan.tensor_parallel:
+            degrees.pop("tp_degree", None)
+        if not plan.pipeline:
+            degrees.pop("pp_degree", None)
+        for extra in _extras(plan, given, machine.world_size // (tp * pp), pp):
+            settings = {**named, **degrees, **extra}
+            yield {name: value for name, value in settings.items() if value != UNSAID.get(name)}
+
+
+def _degrees(plan: Plan, given: Settings, machine: Machine) -> Iterator[tuple[int, int]]:
+    world, shape = machine.world_size, resolve_for(TrainConfig(model_type=given.get("model_type")), machine)
+    tps = [given["tp_degree"]] if "tp_degree" in given else divisors(machine.gpus_per_node)
+    pps = [given["pp_degree"]] if "pp_degree" in given else divisors(world)
+    for tp in tps if plan.tensor_parallel else [1]:
+        for pp in pps if plan.pipeline else [1]:
+            if tp >= 1 and pp >= 1 and world % (tp * pp) == 0 and pp <= shape.num_layers:
+                yield tp, pp
+
+
+def _extras(plan: Plan, given: Settings, dp: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Fractions for a plan with placement, ZeRO stages for one with pipelines; nothing for the others."""
+    if plan.placement and "placement" not in given:
+        names = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+        seen = set()
+        for values in FRACTIONS:
+            if dp == 1 and values[0] == 0.0:  # nothing is sharded
+                continue
+            extra = {name: value for name, value in zip(names, values, strict=True) if name not in given}
+            if tuple(extra.items()) not in seen and _agrees(given, dict(zip(names, values, strict=True))):
+                seen.add(tuple(extra.items()))
+                yield extra
+    elif plan.pipeline and "zero_stage" not in given and dp > 1 and given.get("precision") != "fp32":
+        yield from ({"zero_stage": stage} for stage in ((0, 1) if pp > 1 else (0, 1, 2)))
+    else:
+        yield {}
+
+
+def _agrees(given: Settings, values: Mapping[str, float]) -> bool:
+    """Gemini keeps parameters on the host beside their whole optimizer only."""
+    merged = {**values, **{name: given[name] for name in values if given.get(name) is not None}}
+    whole = merged["shard_param_frac"] == 1 and merged["offload_optim_frac"] == 1
+    return not merged["offload_param_frac"] or whole
+
+
+def _batches(
+    base: ResolvedConfig, layout: Settings, open_names: Sequence[str], machine: Machine, rates: Rates
+) -> Iterator[Candidate]:
+    """A layout with every batch, cut into microbatches, and everything that can be computed again."""
+    batches = BATCHES[machine.device_type] if "batch_size" in open_names else [base.batch_size]
+    recompute = [base.activation_checkpointing]
+    if "activation_checkpointing" in open_names:
+        recompute = [mode for mode in RECOMPUTE if mode != "selective" or base.tp_degree == 1]
+    for batch in batches:
+        for pieces in _microbatches(base, batch, "num_microbatches" in open_names):
+            for mode in recompute:
+                changed = {"batch_size": batch, "activation_checkpointing": mode}
+                if base.pp_degree > 1:
+                    changed["num_microbatches"] = pieces
+                config = dataclasses.replace(base, **changed)
+                settings = {**layout, **{name: value for name, value in changed.items() if name in open_names}}
+                yield Candidate(settings, config, forecast_step(config, machine, rates))
+
+
+def _microbatches(base: ResolvedConfig, batch: int, is_open: bool) -> Iterator[int]:
+    if base.pp_degree == 1 or not is_open:
+        if batch % base.num_microbatches == 0:
+            yield base.num_microbatches
+        return
+    for per_stage in MICROBATCHES_PER_STAGE:
+        if batch % (per_stage * base.pp_degree) == 0:
+            yield per_stage * base.pp_degree
+
+
+# ---- what is said of it
+
+
+def plain_command(given: Settings, machine: Machine) -> str:
+    """The command that trains so without ``--auto``. On several nodes with what each of them has to fill in."""
+    variables = [f"GPUNUM={machine.gpus_per_node}"]
+    if machine.nodes > 1:
+        variables = [f"NNODES={machine.nodes}", "NODE_RANK=0", "MASTER_ADDR=node0", *variables]
+    flags = [f"--{name} {shlex.quote(_shown(value))}" for name, value in given.items()]
+    return " ".join([*variables, "bash run_gemini.sh", *flags])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
