@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from commons.cli import layout, machine, output
+from commons.cli import data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.wording import either, shown, unknown
@@ -205,6 +205,8 @@ CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     _names,
     _initial_weights,
     _steps,
+    data.settings,
+    data.corpus,
     layout.sequence,
     layout.heads,
     layout.widths,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from commons.cli.checks import problems
+from commons.cli.data import prepare
 from commons.cli.limits import LIMITS
 from commons.cli.variables import FLAG_VARIABLES, name_variables, obsolete_notices, without_obsolete
 from commons.cli.wording import count, nearest
@@ -293,9 +294,11 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
             f"--max_restarts {config.max_restarts} needs the launcher, which starts the ranks: use bash run_gemini.sh,"
             f" or torchrun's own --max-restarts={config.max_restarts}"
         )
-    if speaks and not watched and environ is not None:
-        for line in (*request.notices, *_notices(config, job, environ, runs=not found)):
+    tells = speaks and not watched and environ is not None
+    if tells:
+        for line in (*request.notices, *_notices(config, job, environ or {}, runs=not found)):
             print(line, file=sys.stderr, flush=True)
+    found = found or prepare(config, lambda line: print(line, file=sys.stderr, flush=True) if tells else None)
     if found:
         if speaks:
             report(found)

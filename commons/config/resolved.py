@@ -14,6 +14,7 @@ from typing import Any, Literal
 from commons.config.auto import compile_problem, graph_problems, peer_problems
 from commons.config.gpt2_folder import FolderError, shape_of
 from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig
+from commons.data.batch_source import DataRequest
 from model_zoo import MODEL_SIZES, ModelShape, divisors, parameter_count
 
 # What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
@@ -105,6 +106,17 @@ class ResolvedConfig(TrainConfig):
             }
         return {"placement_policy": "static", **{name: getattr(self, name) for name in FRACTIONS}}
 
+    def data_request(self) -> DataRequest:
+        """What is asked of the data's source; see commons.data.sources."""
+        return DataRequest(
+            path=self.data,
+            tokenizer=self.tokenizer,
+            seq_len=self.seq_len,
+            vocab=self.shape().vocab,
+            seed=self.seed,
+            eval_fraction=self.eval_fraction,
+        )
+
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
@@ -148,8 +160,8 @@ def resolve(given: TrainConfig, where: Where) -> ResolvedConfig:
         chosen |= choices.keys()
         config = TrainConfig(**{**_values(config), **choices})
     # a shell leaves the ~ in --log_dir=~/logs as it is
-    folders = {name: str(Path(getattr(given, name)).expanduser()) for name in ("log_dir", "init_from")}
-    values = {**_values(config), **folders}
+    paths = {name: os.path.expanduser(getattr(given, name)) for name in ("log_dir", "data", "init_from")}
+    values = {**_values(config), **paths}
     return ResolvedConfig(**values, chosen=tuple(name for name in given.as_dict() if name in chosen))
 
 

@@ -174,6 +174,30 @@ class BatchFlags:
 
 
 @dataclass(frozen=True)
+class DataFlags:
+    _argument_group_name: ClassVar[str] = "Data"
+
+    data: str = _flag(
+        "random",
+        "random: random tokens; else what to train on: token files (.bin: headerless uint16 or uint32, or with llm.c's"
+        ' header), texts (.txt) or JSONL (.jsonl, a "text" per line), one or a folder; texts are tokenised once',
+        "PATH",
+    )
+    tokenizer: str = _flag(
+        "gpt2",
+        "of texts: a folder with tokenizer.json, or with vocab.json and merges.txt; gpt2: GPT-2's own, and bytes where"
+        " it is not on this machine or the model's vocabulary is too small for it; bytes",
+        "FOLDER",
+    )
+    eval_every: int = _flag(
+        0, "loss and perplexity on held-out data after every N steps and after the last; 0: never", "N"
+    )
+    eval_fraction: float = _flag(
+        0.01, "share of the data, its end, that is held out of training, whether it is evaluated on or not", "FRAC"
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerFlags:
     _argument_group_name: ClassVar[str] = "Optimizer (AdamW)"
 
@@ -248,15 +272,18 @@ class OutputFlags:
         " step itself is slower; 0: none",
         "N",
     )
+    log_every: int = _flag(
+        1, "print a line for every Nth step only, besides the first and the last; metrics.jsonl has every step", "N"
+    )
     quiet: bool = _flag(False, "print no line per step, only the header and the end")
 
 
 # In the order of --help.
-FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags, OutputFlags)
+FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, DataFlags, OptimizerFlags, MachineFlags, OutputFlags)
 
 
 @dataclass(frozen=True)
-class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, BatchFlags, PlanFlags, ModelFlags):
+class TrainConfig(OutputFlags, MachineFlags, OptimizerFlags, DataFlags, BatchFlags, PlanFlags, ModelFlags):
     """The settings of a run, flat: the groups exist for --help alone.
 
     None and "auto" (but for Gemini's placement of that name) mean: not chosen yet, :meth:`resolve` does that.

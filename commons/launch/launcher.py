@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commons.cli.data import prepare
 from commons.cli.flags import (
     CONFIG_ERROR,
     become_doctor,
@@ -75,6 +76,11 @@ class Launch:
     nodes: Nodes
     notices: list[str]
 
+    def add_notice(self, line: str) -> None:
+        """Tell the user now, and console.log later."""
+        self.notices.append(line)
+        print(line, file=sys.stderr, flush=True)
+
 
 def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
     """Run a training from start to end; returns the process's exit code.
@@ -92,6 +98,7 @@ def main(argv: Sequence[str], script: Path = TRAINING_SCRIPT) -> int:
         launch, found = read_launch(argv, os.environ)
         for line in launch.notices:
             print(line, file=sys.stderr, flush=True)
+        found = found or prepare(launch.config, launch.add_notice)
         if found:
             report(found)
             return CONFIG_ERROR

@@ -23,6 +23,7 @@ RUN_PHASES = {
     "backward": "the backward pass",
     "optimizer": "the optimizer's step",
     "record": "gathering what the ranks saw",
+    "evaluate": "evaluating on held-out data",
     "log": "writing the logs",
     "end": "the end of the run",
 }

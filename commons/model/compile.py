@@ -8,6 +8,7 @@ hooks.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ INDUCTOR_OPTIONS: dict[str, Any] = {"max_autotune_pointwise": True}
 
 
 def functions_for(config: ResolvedConfig, device_type: str, backend: str | Callable = "inductor") -> GPT2Functions:
-    """The model's functions as ``config`` wants them, compiled or not."""
+    """The model's functions as ``config`` wants them, compiled or not, and those to evaluate with."""
     from commons.model.gpt2 import gpt2_functions
 
     options: dict[str, Any] = {}
@@ -40,7 +41,7 @@ def functions_for(config: ResolvedConfig, device_type: str, backend: str | Calla
         options["fused_gelu"] = device_type == "cuda" and _gelu_fits(config)
         options["kernels"] = device_type == "cuda" and _kernels_fit()
         options["transform"] = lambda function: CompiledFunction(function, backend)
-    return gpt2_functions(
+    functions = gpt2_functions(
         config.shape(),
         attention=config.attention,
         dropout=config.dropout,
@@ -48,6 +49,10 @@ def functions_for(config: ResolvedConfig, device_type: str, backend: str | Calla
         fp8=config.precision == "fp8",
         **options,
     )
+    if config.dropout == 0:
+        return functions
+    quiet = functions_for(dataclasses.replace(config, dropout=0.0), device_type, backend)
+    return dataclasses.replace(functions, without_dropout=quiet)
 
 
 def _gelu_fits(config: ResolvedConfig) -> bool:
@@ -129,7 +134,7 @@ def run_as_functions(model: nn.Module, functions: GPT2Functions) -> None:
 
     Call it before DistributedDataParallel, ``fully_shard`` or LowLevelZero wrap the model. Blocks are still
     called as modules, so that hooks on them run, outside of what is compiled. Without labels the model runs
-    as before.
+    as before. In evaluation mode (``model.eval()``) nothing is dropped.
     """
     from transformers.modeling_outputs import CausalLMOutput
 
@@ -137,27 +142,29 @@ def run_as_functions(model: nn.Module, functions: GPT2Functions) -> None:
 
     gpt2: Any = model
     whole, embedding, head = gpt2.forward, _reader(gpt2, EMBEDDING_PARAMETERS), _reader(gpt2, HEAD_PARAMETERS)
+    evaluated = functions.without_dropout or functions
     for block in gpt2.transformer.h:
-        _run_block_as_function(block, functions.block, _reader(block, BLOCK_PARAMETERS))
+        _run_block_as_function(block, functions.block, evaluated.block, _reader(block, BLOCK_PARAMETERS))
 
     def forward(self: nn.Module, input_ids: Any = None, labels: Any = None, **arguments: Any) -> Any:
         if labels is None:
             return whole(input_ids=input_ids, **arguments)
-        hidden = functions.embed(input_ids, *embedding())
+        now = functions if self.training else evaluated
+        hidden = now.embed(input_ids, *embedding())
         for block in gpt2.transformer.h:
             hidden = block(hidden)
-        return CausalLMOutput(loss=functions.loss(hidden, labels, *head()))  # pyright: ignore[reportArgumentType]
+        return CausalLMOutput(loss=now.loss(hidden, labels, *head()))  # pyright: ignore[reportArgumentType]
 
     gpt2.forward = MethodType(forward, gpt2)
 
 
-def _run_block_as_function(block: Any, function: Callable, parameters: Callable) -> None:
+def _run_block_as_function(block: Any, function: Callable, evaluated: Callable, parameters: Callable) -> None:
     whole = block.forward
 
     def forward(self: nn.Module, hidden: Any, *rest: Any, **arguments: Any) -> Any:
         if rest or arguments:  # called by HuggingFace's own loop
             return whole(hidden, *rest, **arguments)
-        return function(hidden, *parameters())
+        return (function if self.training else evaluated)(hidden, *parameters())
 
     block.forward = MethodType(forward, block)
 

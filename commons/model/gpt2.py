@@ -57,11 +57,13 @@ class GPT2Functions:
         block: (hidden states, *BLOCK_PARAMETERS) -> hidden states.
         loss: (hidden states, tokens, *HEAD_PARAMETERS) -> fp32 scalar, the mean cross-entropy of the next
             token.
+        without_dropout: the same to evaluate with; None where nothing is dropped anyway.
     """
 
     embed: Callable[..., torch.Tensor]
     block: Callable[..., torch.Tensor]
     loss: Callable[..., torch.Tensor]
+    without_dropout: GPT2Functions | None = None
 
 
 def attention_backend(attention: str) -> AbstractContextManager:

@@ -22,7 +22,7 @@ from commons.model.compile import functions_for, run_as_functions
 from commons.model.cuda_graph import WholeStepGraph, has_room
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.ops.gradient_norm import clip_, sum_of_squares
-from commons.plans.trainable import Mark, Update, weighted
+from commons.plans.trainable import Mark, Update, evaluating, weighted
 from model_zoo import build_model
 
 # Passes that are launched before a capture: DDP measures itself in the first ten, FSDP2 sets itself up in the first.
@@ -70,8 +70,21 @@ class TorchTrainable:
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-batch, a scalar. ``tokens``: int64 [batch, sequence]."""
+        return self._loss(self.model, tokens)
+
+    def _loss(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def evaluate(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # whole on every rank: nobody has to be asked
+        with evaluating(model):
+            loss = self._loss(model, tokens)
+        if model is self.model:
+            model.reshard()  # pyright: ignore[reportCallIssue]  (FSDP2 keeps the last gathered for a backward pass)
+        return loss
 
     def backward(self, loss: torch.Tensor) -> None:
         """The gradients of ``loss``, times the loss scale; on the last micro-batch averaged over the ranks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +75,29 @@ class Trainable(Protocol):
     def step(self) -> Update:
         """Unscale, clip, update and clear the gradients (collective)."""
         ...
+
+    def evaluate(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mean loss of a batch without dropout and without a trace in what is trained (collective), between two
+        steps and after the first.
+
+        Args:
+            tokens: of the shape of training, as :meth:`forward_backward` has them.
+
+        Returns:
+            A scalar that may be overwritten by the next call; None off the last stage of a pipeline.
+        """
+        ...
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Nothing is dropped inside, and no gradient recorded; ``model`` trains on afterwards."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
 
 
 def weighted(loss: torch.Tensor, weight: float) -> torch.Tensor:

@@ -52,6 +52,28 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
+def short_count(value: int | None) -> str | None:
+    """About three digits and the power of ten as a letter: 1.23M; None for what is not known."""
+    if value is None:
+        return None
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{number(value / size, 3)}{letter}"
+    return str(value)
+
+
+def duration(seconds: float | None) -> str | None:
+    """Minutes and seconds, with hours and days where there are any; None for what is not known."""
+    if seconds is None:
+        return None
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
 def joined(parts: Sequence[str]) -> str:
     return " · ".join(part for part in parts if part)
 
@@ -68,6 +90,7 @@ def header_lines(header: RunHeader, run_dir: str) -> list[Text]:
         ("ranks", f"{header.world_size} = dp {header.dp} × tp {header.tp} × pp {header.pp}"),
         *(("", place) for place in header.places),
         ("batch", _batch(header)),
+        *([("data", _data(header))] if header.data else []),
         ("compute", _compute(header)),
         ("device", _device(header)),
         ("run", run_dir),
@@ -96,6 +119,11 @@ def _batch(header: RunHeader) -> str:
             f"{header.global_batch_size * header.seq_len:,} tokens",
         ]
     )
+
+
+def _data(header: RunHeader) -> str:
+    epochs = "" if header.epochs is None else f"{number(header.epochs, 3)} epochs planned"
+    return joined([header.data, epochs])
 
 
 def _compute(header: RunHeader) -> str:
@@ -156,24 +184,35 @@ COLUMNS = (
     Column("lr", 8, 2, lambda r: f"{r.lr:.2e}"),
     Column("grad norm", 9, 6, lambda r: None if r.grad_norm is None else number(r.grad_norm)),
 )
+# Of a long training: how far it is.
+TOKENS_SEEN = Column("seen", 5, 6, lambda r: short_count(r.tokens_seen))
+TIME_LEFT = Column("ETA", 8, 8, lambda _: None)
+ALL_COLUMNS = (*COLUMNS, TOKENS_SEEN, TIME_LEFT)
 
 
 class StepLines:
     """Lays out the step lines: which columns there are, their heads, a line per record.
 
     Columns are chosen once and stay, until a figure that was unknown comes up or the window's width changes.
+
+    Args:
+        progress: whether lines say how many tokens were seen and how long it will take.
     """
 
-    def __init__(self, total_steps: int, warmup_step: int = 0, ranks: int = 1) -> None:
+    def __init__(self, total_steps: int, warmup_step: int = 0, ranks: int = 1, progress: bool = False) -> None:
         self._total_steps, self._warmup_step, self._ranks = total_steps, warmup_step, ranks
+        self._all_columns = ALL_COLUMNS if progress else COLUMNS
         self._step_width = max(4, 2 * len(str(total_steps)) + 1)
         self._known: set[str] = set()
         self._columns: tuple[Column, ...] = ()
         self._width = self._gap = self._rows = self._skipped_steps = 0
 
-    def lines(self, record: StepRecord, width: int) -> list[Text]:
-        """The line of this record in at most `width` columns, and before it the heads where they are due."""
+    def lines(self, record: StepRecord, width: int, seconds_left: float | None = None) -> list[Text]:
+        """The line of this record in at most `width` columns, before it the heads where they are due, and behind it
+        what was evaluated after the step.
+        """
         cells = self._cells(record)
+        cells[TIME_LEFT.title] = duration(seconds_left)
         known = {title for title, cell in cells.items() if cell is not None}
         changed = width != self._width or not known <= self._known
         if changed:
@@ -182,10 +221,18 @@ class StepLines:
             self._choose_columns()
         heads = [self._heads()] if changed or self._rows % HEADS_EVERY_ROWS == 0 else []
         self._rows += 1
-        return [*heads, self._row(record, cells)]
+        return [*heads, self._row(record, cells), *self._evaluation(record)]
+
+    def _evaluation(self, record: StepRecord) -> list[Text]:
+        if record.eval_loss is None:
+            return []
+        loss = f"{record.eval_loss:.4f}".rjust(COLUMNS[0].width)
+        rest = f"perplexity {number(record.eval_perplexity)}, held-out data, {number(record.eval_seconds, 3)} s"
+        line = Text("eval".rjust(self._step_width), style="magenta")
+        return [line.append(" " * self._gap + loss, style="bold").append("  " + rest)]
 
     def _cells(self, record: StepRecord) -> dict[str, str | None]:
-        cells = {column.title: column.cell(record) for column in COLUMNS}
+        cells = {column.title: column.cell(record) for column in self._all_columns}
         if self._ranks == 1:  # "on rank 0" says nothing where there is no other
             cells = {title: cell and cell.partition("@")[0] for title, cell in cells.items()}
         if record.skipped_steps > self._skipped_steps:
@@ -195,7 +242,7 @@ class StepLines:
         return cells
 
     def _choose_columns(self) -> None:
-        chosen = [column for column in COLUMNS if column.title in self._known]
+        chosen = [column for column in self._all_columns if column.title in self._known]
         importance = {column: column.importance for column in chosen}
         if "peak MiB" not in self._known:  # without a device the host's memory is the memory, not an extra
             importance = {column: 7 if column.title == "host MiB" else importance[column] for column in chosen}
@@ -264,6 +311,8 @@ def summary_lines(summary: Mapping[str, Any]) -> list[Text]:
             lines.append(Text.assemble(row.title.ljust(FIGURE_WIDTH), (median, "bold"), *others))
     figures = [
         ("loss", _loss(summary), "bold"),
+        ("held-out loss", _held_out(summary), "bold"),
+        ("tokens seen", f"{summary['tokens_seen']:,}" if summary.get("evaluations") else "", ""),
         ("peak device memory", _peak_memory(summary, "device"), ""),
         ("peak host memory", _peak_memory(summary, "host"), ""),
         ("skipped for overflow", _steps_if_any(summary, "skipped_steps"), ALARMS[OVERFLOW]),
@@ -287,6 +336,14 @@ def _loss(summary: Mapping[str, Any]) -> str:
     if first is None and last is None:
         return ""
     return " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (first, last))
+
+
+def _held_out(summary: Mapping[str, Any]) -> str:
+    last, best = summary.get("last_eval_loss"), summary.get("best_eval_loss")
+    if last is None:
+        return ""
+    better = f", best {best:.4f} after step {summary['best_eval_step']}" if best is not None and best < last else ""
+    return f"{last:.4f}, perplexity {number(summary['last_eval_perplexity'])}{better}"
 
 
 def _peak_memory(summary: Mapping[str, Any], where: str) -> str:

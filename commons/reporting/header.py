@@ -27,6 +27,8 @@ class RunHeader:
         device_name: what the device calls itself.
         peak_tflops_per_device: what MFU is a share of, in 10^12 FLOP/s; None where it is not known.
         places: lines that say where the ranks stand in the parallel groups; empty without model parallelism.
+        data: what it is trained on; "" for random tokens.
+        epochs: how often the training goes through that; None for random tokens.
         notes: further lines.
     """
 
@@ -55,4 +57,6 @@ class RunHeader:
     device_name: str
     peak_tflops_per_device: float | None
     places: tuple[str, ...] = ()
+    data: str = ""
+    epochs: float | None = None
     notes: tuple[str, ...] = ()

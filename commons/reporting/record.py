@@ -31,6 +31,11 @@ class StepRecord:
         host_memory_mib: resident memory of the process, MiB.
         host_memory_peak_rank: the rank that has it.
         nonfinite_loss_ranks: the ranks whose own loss is NaN or infinite.
+        tokens_seen: tokens trained on so far, this step included, over all ranks.
+        eval_loss: mean cross-entropy in nats per token on held-out data after this step; None but after the steps that
+            ``--eval_every`` names, as the next two.
+        eval_perplexity: e to the power of that.
+        eval_seconds: what the evaluation took, beside the step's times.
     """
 
     step: int
@@ -53,3 +58,7 @@ class StepRecord:
     host_memory_mib: float
     host_memory_peak_rank: int
     nonfinite_loss_ranks: list[int] = dataclasses.field(default_factory=list)
+    tokens_seen: int | None = None
+    eval_loss: float | None = None
+    eval_perplexity: float | None = None
+    eval_seconds: float | None = None

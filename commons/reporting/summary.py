@@ -16,6 +16,10 @@ _UNMEASURED = {
     "device_memory_peak_rank",
     "host_memory_peak_rank",
     "nonfinite_loss_ranks",
+    "tokens_seen",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_seconds",
 }
 MEASURED_FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _UNMEASURED)
 STATISTICS = {"median": 0.5, "p10": 0.1, "p90": 0.9}
@@ -29,7 +33,9 @@ def summarize(records: Sequence[StepRecord], warmup_step: int) -> dict[str, Any]
         of :class:`StepRecord` its ``{"median", "p10", "p90"}`` over the steps measured, None where no step
         has a finite value; ``first_loss`` and ``last_loss``, None if not finite; ``nonfinite_loss_steps``;
         ``skipped_steps``; and ``peak_device_memory_mib``, ``peak_device_memory_rank``,
-        ``peak_host_memory_mib``, ``peak_host_memory_rank`` over all steps, the warm-up included.
+        ``peak_host_memory_mib``, ``peak_host_memory_rank`` over all steps, the warm-up included; ``tokens_seen``
+        after the last step; ``evaluations``, how many, the loss and perplexity of the last, and the best loss with its
+        step.
     """
     measured = [record for record in records if record.step > warmup_step]
     device_mib, device_rank = _peak(records, "device_memory_peak_mib", "device_memory_peak_rank")
@@ -47,6 +53,21 @@ def summarize(records: Sequence[StepRecord], warmup_step: int) -> dict[str, Any]
         "peak_device_memory_rank": device_rank,
         "peak_host_memory_mib": host_mib,
         "peak_host_memory_rank": host_rank,
+        "tokens_seen": records[-1].tokens_seen if records else 0,
+        **_evaluations(records),
+    }
+
+
+def _evaluations(records: Sequence[StepRecord]) -> dict[str, Any]:
+    seen = [(record.eval_loss, record) for record in records if record.eval_loss is not None]
+    finite = [(loss, record.step) for loss, record in seen if math.isfinite(loss)]
+    last, (best, best_step) = (seen[-1][1] if seen else None), min(finite, default=(None, None))
+    return {
+        "evaluations": len(seen),
+        "last_eval_loss": _finite_or_none(last and last.eval_loss),
+        "last_eval_perplexity": _finite_or_none(last and last.eval_perplexity),
+        "best_eval_loss": best,
+        "best_eval_step": best_step,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import statistics
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from commons.data.random_tokens import DrawnAhead, random_tokens
+from commons.data.random_tokens import DrawnAhead
 from commons.distributed.device import Device
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended
@@ -29,6 +30,7 @@ from commons.reporting.flops import (
 from commons.reporting.record import StepRecord
 from commons.reporting.summary import bad_streak, describe_bad_steps
 from commons.training.clock import PhaseClock, StepTiming, memory_use
+from commons.training.evaluation import Evaluation, evaluate, is_due
 from commons.training.schedule import learning_rate
 from commons.training.session import Session
 from commons.training.tracing import TRACE_FILE, traced
@@ -38,15 +40,7 @@ def batches(session: Session) -> Iterator[torch.Tensor]:
     """This rank's stream of micro-batches: equal inside a tensor- or pipeline-parallel group, different
     between data-parallel ranks.
     """
-    config = session.config
-    return random_tokens(
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        vocab=session.shape.vocab,
-        seed=config.seed,
-        data_parallel_rank=session.place(session.device.rank).data,
-        device=session.device.torch_device,
-    )
+    return session.source.batches(session.batch_place(session.device.rank))
 
 
 def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRecord]:
@@ -78,6 +72,8 @@ def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRe
             guard.beat("record")
             ranks = _gather(session, loss, timing, guard.signum)
             record = make_record(session, step, lr, update, skipped_steps, ranks)
+            if is_due(session, step):
+                record = with_evaluation(record, evaluate(session, guard))
             guard.beat("log")
             yield record
             bad = bad_streak([*bad, record])
@@ -188,7 +184,18 @@ def make_record(
         mfu=mfu(model, session.peak_flops),
         skipped_steps=skipped_steps,
         nonfinite_loss_ranks=[rank for rank, loss in losses.items() if not math.isfinite(loss)],
+        tokens_seen=step * tokens,
         **_memory_fields(ranks),
+    )
+
+
+def with_evaluation(record: StepRecord, evaluation: Evaluation) -> StepRecord:
+    """The record of a step after which the model was evaluated."""
+    return dataclasses.replace(
+        record,
+        eval_loss=evaluation.loss,
+        eval_perplexity=evaluation.perplexity,
+        eval_seconds=evaluation.seconds,
     )
 
 

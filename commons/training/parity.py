@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from commons.config.resolved import ResolvedConfig
-from commons.data.random_tokens import random_tokens
+from commons.data.batch_source import BatchPlace
+from commons.data.sources import open_source
 from commons.distributed.device import compute_dtype
 from commons.lifecycle.outcome import FINISHED, NOTHING_PROVED, Ended
 from commons.model.initial_weights import decay_groups, seeded_init_
@@ -164,15 +165,9 @@ def reference_steps(
     adam = torch.optim.AdamW(
         decay_groups(model, config.weight_decay), betas=(config.beta1, config.beta2), eps=config.adam_eps
     )
+    source = open_source(config.data_request())
     streams = [
-        random_tokens(
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            vocab=config.shape().vocab,
-            seed=config.seed,
-            data_parallel_rank=rank,
-            device=device,
-        )
+        source.batches(BatchPlace(config.batch_size, rank, data_parallel_size, device))
         for rank in range(data_parallel_size)
     ]
     parts = config.grad_accum * data_parallel_size

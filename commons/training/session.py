@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from commons.config.auto import EAGER_STEPS
 from commons.config.resolved import ResolvedConfig
+from commons.data.batch_source import BatchPlace, BatchSource
+from commons.data.sources import open_source
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
 from commons.distributed.seeding import seed_generators
@@ -36,6 +39,16 @@ class Session:
     shape: ModelShape
     trainable: Trainable
     peak_flops: float | None
+
+    @cached_property
+    def source(self) -> BatchSource:
+        """Of batches, opened when it is first asked for; ValueError and OSError as open_source() has them."""
+        return open_source(self.config.data_request())
+
+    def batch_place(self, rank: int) -> BatchPlace:
+        """Which part of every global batch ``rank`` takes: ranks that share a copy of the model take the same."""
+        copies = self.config.data_parallel_size(self.device.world_size)
+        return BatchPlace(self.config.batch_size, self.place(rank).data, copies, self.device.torch_device)
 
     def place(self, rank: int) -> Place:
         """Which copy, pipeline stage and part of every matrix ``rank`` has."""
@@ -69,6 +82,11 @@ class Session:
             self.config, **{name: "on" if value else "off" for name, value in turned_out.items()}
         )
 
+    def _epochs(self) -> float | None:
+        """How often the whole training goes through the data; None where that has no end."""
+        samples = self.source.epoch_samples
+        return None if samples is None else self.config.train_step * self.sequences_per_step / samples
+
     def header(self) -> RunHeader:
         """What a reader of the log must know, for the sinks."""
         config, shape, world_size = self.settled_config(0), self.shape, self.device.world_size
@@ -97,6 +115,8 @@ class Session:
             device=self.device.type,
             device_name=self.device.name,
             peak_tflops_per_device=None if self.peak_flops is None else self.peak_flops / TERA,
+            data=self.source.description,
+            epochs=self._epochs(),
             places=tuple(place_lines([self.place(rank) for rank in range(world_size)])),
             notes=_attempt_note(),
         )

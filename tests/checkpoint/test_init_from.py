@@ -107,7 +107,7 @@ def put(name: str, value: torch.Tensor) -> Callable[[dict], Any]:
             lambda f: gpt2_folders.change_config(f, activation_function="relu", n_inner=100, tie_word_embeddings=False),
             ["activation_function 'relu' is another function", "n_inner 100", "tie_word_embeddings False"],
         ),
-        (lambda f: gpt2_folders.change_config(f, n_layer=3), ["holds transformer.h.3.", "which no GPT-2 of 3 layers has"]),
+        (lambda f: gpt2_folders.change_config(f, n_layer=3), ["holds transformer.h.3.", "no GPT-2 of 3 layers has"]),
         (lambda f: gpt2_folders.change_config(f, n_layer=5), ["lacks transformer.h.4.ln_1.weight"]),
         (lambda f: gpt2_folders.change_config(f, vocab_size=999), ["wte.weight is 1000 x 64", "makes it 999 x 64"]),
         (lambda f: gpt2_folders.change_config(f, n_positions=64), ["wpe.weight is 128 x 64, but config.json makes it"]),

@@ -20,7 +20,7 @@ from commons.model.cuda_graph import StepGraph, has_room, join
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.plans.colossal.chunks import blocks_first, chunk_configuration
 from commons.plans.colossal.runtime import prepare
-from commons.plans.trainable import Mark, Update, weighted
+from commons.plans.trainable import Mark, Update, evaluating, weighted
 from model_zoo import build_model
 
 
@@ -58,6 +58,10 @@ class BoostedTrainable:
         mark("backward")
         self.backward(loss)
         return loss
+
+    def evaluate(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        with evaluating(self.model):
+            return self.forward(tokens)
 
     def step(self) -> Update:
         updates = self.adam.updates

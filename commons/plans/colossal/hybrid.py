@@ -12,7 +12,7 @@ from commons.distributed.device import Device
 from commons.distributed.layout import Place, check_mesh
 from commons.plans.colossal.boosted import BoostedTrainable, boost, new_model
 from commons.plans.colossal.runtime import prepare
-from commons.plans.trainable import Mark
+from commons.plans.trainable import Mark, evaluating
 
 
 class PipelinedBoostedTrainable(BoostedTrainable):
@@ -29,6 +29,14 @@ class PipelinedBoostedTrainable(BoostedTrainable):
         passes alternate, so that all of it counts as forward.
         """
         mark("forward")
+        return self._run_schedule(tokens, weight)
+
+    def evaluate(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        # without gradients the schedule runs forward passes alone, and nothing may be synchronised behind them
+        with evaluating(self.model), self.booster.no_sync(self.model, self.optimizer):
+            return self._run_schedule(tokens, 1)
+
+    def _run_schedule(self, tokens: torch.Tensor, weight: float) -> torch.Tensor | None:
         batch = {"input_ids": tokens, "labels": tokens}
         outcome = self.booster.execute_pipeline(
             iter([batch]),

@@ -6,7 +6,7 @@ of its chunks (commons.plans.colossal.regions). commons.plans.colossal.gemini sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,12 +40,15 @@ class ModelRegions:
     def __init__(self, gemini: GeminiDDP, functions: GPT2Functions) -> None:
         model: Any = gemini.module
 
-        def region(function: Callable, module: nn.Module, names: Iterable[str]) -> Region:
-            return Region(gemini, function, [module.get_parameter(name) for name in names])
+        evaluated = functions.without_dropout or functions
 
-        self.embedding = region(functions.embed, model, EMBEDDING_PARAMETERS)
-        self.blocks = [region(functions.block, block, BLOCK_PARAMETERS) for block in model.transformer.h]
-        self.head = region(functions.loss, model, HEAD_PARAMETERS)
+        def region(part: str, module: nn.Module, names: Iterable[str]) -> Region:
+            parameters: list[Any] = [module.get_parameter(name) for name in names]
+            return Region(gemini, getattr(functions, part), parameters, getattr(evaluated, part))
+
+        self.embedding = region("embed", model, EMBEDDING_PARAMETERS)
+        self.blocks = [region("block", block, BLOCK_PARAMETERS) for block in model.transformer.h]
+        self.head = region("loss", model, HEAD_PARAMETERS)
         uses: dict[SuiteChunk, int] = {}
         for each in (self.embedding, *self.blocks, self.head):
             for chunk, count in each.chunks.items():

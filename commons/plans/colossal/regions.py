@@ -39,12 +39,18 @@ class Region:
     Attributes:
         parameters: in the order of the function's arguments.
         chunks: those that hold the parameters, and how many of them each.
+        evaluated: the function of passes without gradients, the same if none is given.
     """
 
     def __init__(
-        self, gemini: GeminiDDP, function: Callable[..., torch.Tensor], parameters: list[torch.Tensor]
+        self,
+        gemini: GeminiDDP,
+        function: Callable[..., torch.Tensor],
+        parameters: list[torch.Tensor],
+        evaluated: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.function, self.parameters = function, parameters
+        self.evaluated = evaluated or function
         self._gemini_manager = gemini.gemini_manager
         self._chunk_manager = gemini.chunk_manager
         self._infos: dict[SuiteChunk, list[Any]] = {}
@@ -125,7 +131,8 @@ class RegionCall(torch.autograd.Function):
             inner = hidden.detach().requires_grad_()
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 head = (inner, *arguments[1:]) if arguments[0] is None else arguments
-                out = region.function(*head, *leaves)
+                function = region.function if ctx.needs_input_grad[0] else region.evaluated
+                out = function(*head, *leaves)
             region.release(backward=False)
         ctx.region, ctx.gradients, ctx.out = region, gradients, out
         ctx.inputs = [inner, *leaves] if arguments[0] is None else leaves

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from commons.reporting.console_layout import StepLines, header_lines, summary_lines
+from commons.reporting.forecast import Forecast
 from commons.reporting.header import RunHeader
 from commons.reporting.record import StepRecord
 from commons.reporting.sinks.patient_stream import PatientStream
@@ -19,6 +20,7 @@ from commons.reporting.sinks.progress_bar import ProgressBar
 from commons.reporting.sinks.sink import RunFacts
 from commons.reporting.writing import writing
 
+LONG_RUN_STEPS = 100  # from here on lines say how far the training is
 PLAIN_WIDTH = 120  # columns of text in a pipe or a file, where no window says how many there are
 CONSOLE = "the console (standard output)"
 ASCII = str.maketrans({"×": "x", "·": "-"})
@@ -67,12 +69,19 @@ class ConsoleSink:
         name: what `console` is called in an error.
         step_lines: the layout of the lines, or None for no step lines.
         close_console: what close() has to do.
+        run: how many steps there are, and which of them get a line.
     """
 
     def __init__(
-        self, console: Console, name: str, step_lines: StepLines | None, close_console: Callable[[], object]
+        self,
+        console: Console,
+        name: str,
+        step_lines: StepLines | None,
+        close_console: Callable[[], object],
+        run: RunFacts,
     ) -> None:
         self._console, self._name, self._step_lines = console, name, step_lines
+        self._run, self._forecast = run, Forecast(run.train_step)
         self._close_console = close_console
         self._bar: ProgressBar | None = None
 
@@ -90,8 +99,9 @@ class ConsoleSink:
         if self._bar is not None:
             with writing(self._name):
                 self._bar.advance(record.step)
-        if self._step_lines is not None:
-            self._print(self._step_lines.lines(record, self._console.width))
+        seconds_left = self._forecast.seconds_left(record.step)
+        if self._step_lines is not None and wants_line(record, self._run):
+            self._print(self._step_lines.lines(record, self._console.width, seconds_left))
 
     def report(self, summary: Mapping[str, Any]) -> None:
         self._stop_bar()
@@ -115,13 +125,19 @@ class ConsoleSink:
                 print_line(self._console, line)
 
 
+def wants_line(record: StepRecord, run: RunFacts) -> bool:
+    """Whether a step gets a line: every ``log_every``-th, the first and the last, and where there is something to tell."""
+    tells = record.eval_loss is not None or bool(record.nonfinite_loss_ranks)
+    return tells or record.step in (1, run.train_step) or record.step % run.log_every == 0
+
+
 def open_console(run: RunFacts) -> ConsoleSink | None:
     """Standard output, with a progress bar where that is a terminal; None where it was closed (``>&-``)."""
     if sys.stdout is None:
         return None
     stream = PatientStream(sys.stdout)
     console = make_console(stream)
-    sink = ConsoleSink(console, CONSOLE, _step_lines(run), stream.close)
+    sink = ConsoleSink(console, CONSOLE, _step_lines(run), stream.close, run)
     sink.start(run.header, str(run.run_dir))
     if console.is_interactive:
         sink.show_bar(run.train_step)
@@ -135,10 +151,13 @@ def open_console_log(run: RunFacts) -> ConsoleSink | None:
         return None
     with writing(path):
         file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    sink = ConsoleSink(make_console(PatientStream(file)), str(path), _step_lines(run), file.close)
+    sink = ConsoleSink(make_console(PatientStream(file)), str(path), _step_lines(run), file.close, run)
     sink.start(run.header, str(run.run_dir))
     return sink
 
 
 def _step_lines(run: RunFacts) -> StepLines | None:
-    return None if run.quiet else StepLines(run.train_step, run.warmup_step, ranks=run.header.world_size)
+    if run.quiet:
+        return None
+    progress = run.log_every > 1 or run.train_step >= LONG_RUN_STEPS or bool(run.header.data)
+    return StepLines(run.train_step, run.warmup_step, ranks=run.header.world_size, progress=progress)

@@ -40,6 +40,9 @@ class Settings(Protocol):
     @property
     def quiet(self) -> bool: ...
 
+    @property
+    def log_every(self) -> int: ...
+
 
 def start_run_folder(run_dir: Path, config: object, environment: Mapping[str, Any]) -> None:
     """Make the run's folder with config.json and env.json. Raises SinkError."""
@@ -60,7 +63,7 @@ def open_sinks(config: Settings, header: RunHeader, rank: int) -> Iterator[list[
         yield []
         return
     start_run_folder(config.run_dir, config, describe_environment(header.device_name))
-    run = RunFacts(config.run_dir, config.train_step, config.warmup_step, config.quiet, header)
+    run = RunFacts(config.run_dir, config.train_step, config.warmup_step, config.quiet, header, config.log_every)
     sinks: list[Sink] = []
     with contextlib.ExitStack() as closing:
         for open_sink in SINKS.values():

@@ -36,6 +36,7 @@ class RunFacts:
         train_step: steps in all.
         warmup_step: the first of them, left out of the statistics.
         quiet: no line per step is wanted.
+        log_every: only every so many steps a line is wanted.
     """
 
     run_dir: Path
@@ -43,3 +44,4 @@ class RunFacts:
     warmup_step: int
     quiet: bool
     header: RunHeader
+    log_every: int = 1

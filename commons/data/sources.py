@@ -1,0 +1,45 @@
+"""DATA_SOURCES: the table of what batches can be made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from commons.data.batch_source import RANDOM, BatchPlace, BatchSource, DataRequest, HeldOutBatch
+from commons.data.random_tokens import random_tokens
+from commons.data.text import open_text
+
+
+class RandomTokens:
+    """Uniformly random tokens, every data-parallel rank's from a seed of its own."""
+
+    description, epoch_samples, held_out_samples = "", None, 0
+
+    def __init__(self, request: DataRequest) -> None:
+        self._request = request
+        self.fingerprint = f"random tokens below {request.vocab}, seed {request.seed}, sequences of {request.seq_len}"
+
+    def batches(self, place: BatchPlace, start_sample: int = 0) -> Iterator[torch.Tensor]:
+        stream = random_tokens(
+            batch_size=place.batch_size,
+            seq_len=self._request.seq_len,
+            vocab=self._request.vocab,
+            seed=self._request.seed,
+            data_parallel_rank=place.data_parallel_rank,
+            device=place.device,
+        )
+        return itertools.islice(stream, start_sample // place.samples, None)
+
+    def held_out_batches(self, place: BatchPlace) -> Iterator[HeldOutBatch]:
+        return iter(())
+
+
+# By the value of --data; every other value is a path.
+DATA_SOURCES: dict[str, Callable[[DataRequest], BatchSource]] = {RANDOM: RandomTokens, "text": open_text}
+
+
+def open_source(request: DataRequest) -> BatchSource:
+    """The source that ``request`` asks for; ValueError and OSError as :func:`commons.data.text.prepare` has them."""
+    return DATA_SOURCES[RANDOM if request.path == RANDOM else "text"](request)
