@@ -23,7 +23,7 @@ def write_folder(folder: Path, *, seed: int = 0, shards: str = "5GB", **config: 
     model = GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 999, "eos_token_id": 999, **config})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder, max_shard_size=shards)
     return model
 

@@ -11,6 +11,7 @@ from typing import Any
 import gpt2_folders
 import pytest
 import torch
+from suite_runs import REPOSITORY, torchrun
 
 from commons.cli.checks import problems
 from commons.cli.flags import read_flags
@@ -19,6 +20,7 @@ from commons.config.resolved import nearest_size
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES, ModelShape
 
+WORKER = REPOSITORY / "tests" / "workers" / "init_from_worker.py"
 WTE, BIAS = "transformer.wte.weight", "transformer.h.0.attn.c_attn.bias"
 
 
@@ -165,3 +167,36 @@ def test_shards(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(FolderError, match="names no files beside it"):
             look_through(tmp_path)
+
+
+# ---- what is trained
+
+CASES = {
+    "--distplan CAI_Gemini": 2e-3,
+    "--distplan CAI_Gemini --precision fp16 --placement cpu": 2e-3,
+    "--distplan CAI_Gemini --tp_degree 2": 2e-3,
+    "--distplan CAI_Hybrid --tp_degree 2 --precision fp32": 1e-6,
+    "--distplan CAI_Hybrid --pp_degree 2": 2e-3,
+    "--distplan CAI_ZeRO1": 2e-3,
+    "--distplan CAI_ZeRO2 --precision fp32": 1e-6,
+    "--distplan Pytorch_DDP": 2e-3,
+    "--distplan Pytorch_ZeRO --precision fp32": 1e-6,
+    "--distplan Pytorch_FSDP --precision fp32": 1e-6,
+}
+
+
+def test_every_plan_begins_with_the_folders_weights(tmp_path: Path) -> None:
+    """Masters equal to the bit, whatever the precision; the first loss is HuggingFace's. Two ranks."""
+    model = gpt2_folders.write_folder(tmp_path, shards="300KB")
+    code, console = torchrun(WORKER, 2, str(tmp_path), *CASES)
+    assert code == 0, console
+    seen = [json.loads(line.partition("SEEN ")[2]) for line in console.splitlines() if line.startswith("SEEN ")]
+    assert [each["case"] for each in seen] == list(CASES)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for each in seen:
+        differing, written, losses, expected = zip(*each["ranks"], strict=True)
+        assert not any(differing), each
+        assert sum(written) == count, each
+        told = [loss for loss in losses if loss is not None]
+        mean = sum(told) / len(told)
+        assert mean == pytest.approx(expected[0], rel=CASES[each["case"]]), each
