@@ -118,6 +118,27 @@ def flops_parameter_count(shape: ModelShape) -> int:
     return _without_embeddings(shape) + shape.vocab * shape.hidden
 
 
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every parameter by HuggingFace's name, in HuggingFace's order, with its dimensions; the vocabulary unpadded.
+
+    The matrices of the blocks lie as (inputs, outputs). The head is the token embedding and has no entry of its own.
+    """
+    wide = shape.hidden
+    norm = {"weight": (wide,), "bias": (wide,)}
+    block = {
+        "ln_1": norm,
+        "attn.c_attn": {"weight": (wide, 3 * wide), "bias": (3 * wide,)},
+        "attn.c_proj": {"weight": (wide, wide), "bias": (wide,)},
+        "ln_2": norm,
+        "mlp.c_fc": {"weight": (wide, 4 * wide), "bias": (4 * wide,)},
+        "mlp.c_proj": {"weight": (4 * wide, wide), "bias": (wide,)},
+    }
+    layers = {f"h.{index}.{name}": part for index in range(shape.layers) for name, part in block.items()}
+    tables = {"wte": {"weight": (shape.vocab, wide)}, "wpe": {"weight": (shape.positions, wide)}}
+    parts = {**tables, **layers, "ln_f": norm}
+    return {f"transformer.{part}.{kind}": size for part, kinds in parts.items() for kind, size in kinds.items()}
+
+
 # --- Building -----------------------------------------------------------------------------------------------
 
 

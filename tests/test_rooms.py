@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("launch", "train_gpt_demo", "benchmarks"),
     ("cli",),
-    ("training", "planner"),
+    ("training", "planner", "checkpoint"),
     ("plans",),
     ("model",),
     ("distributed", "reporting"),

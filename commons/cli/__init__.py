@@ -1,5 +1,6 @@
 """From words to a configuration, with everything that is wrong with it told at once.
 
-May import: training, planner, plans, model, distributed, reporting, config, model_zoo, ops, doctor, data, lifecycle.
+May import: training, planner, checkpoint, plans, model, distributed, reporting, config, model_zoo, ops, doctor, data,
+lifecycle.
 May not: launch.
 """

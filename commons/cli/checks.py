@@ -14,7 +14,9 @@ from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.planning import planning
 from commons.cli.wording import either, shown, unknown
-from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
+from commons.config.gpt2_folder import FolderError, look_through
+from commons.config.resolved import SHAPE_FLAGS
+from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES
 
@@ -181,8 +183,29 @@ def _placement(job: Job) -> Iterator[str]:
         )
 
 
+def _initial_weights(job: Job) -> Iterator[str]:
+    """Whether the model in ``--init_from`` is there whole, and the one that is to be trained."""
+    config = job.config
+    if config.init_from == RANDOM_WEIGHTS:
+        return
+    try:
+        held = look_through(config.init_from).shape
+    except FolderError as error:
+        yield from (f"--init_from: {problem}" for problem in error.problems)
+        return
+    differing = {flag: field for field, flag in SHAPE_FLAGS.items() if getattr(held, field) != getattr(config, flag)}
+    if job.shape is not None and differing:
+        told = ", ".join(f"--{flag} {getattr(held, field)}" for flag, field in differing.items())
+        asked = ", ".join(str(getattr(config, flag)) for flag in differing)
+        yield (
+            f"--init_from {config.init_from} holds a model with {told}, not {asked}: remove --model_type and these, so"
+            " that its size is taken"
+        )
+
+
 CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     _names,
+    _initial_weights,
     _steps,
     data.settings,
     data.corpus,

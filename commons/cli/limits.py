@@ -53,6 +53,8 @@ LIMITS: dict[str, Limit] = {
     "num_layers": Limit(4, low=1, high=10_000),
     "hidden_size": Limit(64, low=1, high=1_000_000),
     "num_heads": Limit(4, low=1, high=1_000_000),
+    "num_positions": Limit(1024, low=2, high=10_000_000),
+    "vocab_size": Limit(50257, low=2, high=100_000_000),
     "dropout": Limit(0.1, low=0, below=1),
     "shard_param_frac": _fraction(1),
     "offload_optim_frac": _fraction(0.5),

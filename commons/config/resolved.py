@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from commons.config.auto import compile_problem, graph_problems, is_compilable, peer_problems
-from commons.config.schema import FRACTIONS, PLACEMENTS, TrainConfig
+from commons.config.gpt2_folder import FolderError, shape_of
+from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig
 from commons.data.batch_source import RANDOM, DataRequest
-from model_zoo import MODEL_SIZES, ModelShape, divisors
+from model_zoo import MODEL_SIZES, ModelShape, divisors, parameter_count
 
 # What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -22,6 +24,15 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 TRAIN_STEPS, WARMUP_STEPS = 10, 2
 PREFETCH = 2
+
+# ModelShape's fields -> the settings that change them
+SHAPE_FLAGS = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "heads": "num_heads",
+    "positions": "num_positions",
+    "vocab": "vocab_size",
+}
 
 # Parameters in one of Gemini's chunks, at least: 4 MiB in bf16. Below, a collective takes longer to begin than to send,
 # and ranks wait for each other more often than they need.
@@ -52,6 +63,8 @@ class ResolvedConfig(TrainConfig):
     num_layers: int = _decided()
     hidden_size: int = _decided()
     num_heads: int = _decided()
+    num_positions: int = _decided()
+    vocab_size: int = _decided()
     shard_param_frac: float = _decided()
     offload_optim_frac: float = _decided()
     offload_param_frac: float = _decided()
@@ -76,8 +89,9 @@ class ResolvedConfig(TrainConfig):
 
     def shape(self) -> ModelShape:
         """The size of the model. KeyError for an unknown ``model_type``."""
-        size = MODEL_SIZES[self.model_type]
-        return dataclasses.replace(size, layers=self.num_layers, hidden=self.hidden_size, heads=self.num_heads)
+        return dataclasses.replace(
+            MODEL_SIZES[self.model_type], **{f: getattr(self, n) for f, n in SHAPE_FLAGS.items()}
+        )
 
     def gemini_placement(self) -> dict[str, Any]:
         """GeminiPlugin's arguments that say where chunks live.
@@ -146,8 +160,8 @@ def resolve(given: TrainConfig, where: Where) -> ResolvedConfig:
         chosen |= choices.keys()
         config = TrainConfig(**{**_values(config), **choices})
     # a shell leaves the ~ in --log_dir=~/logs as it is
-    paths = {"log_dir": given.log_dir} if given.data == RANDOM else {"log_dir": given.log_dir, "data": given.data}
-    values = {**_values(config), **{name: str(Path(path).expanduser()) for name, path in paths.items()}}
+    paths = {name: os.path.expanduser(getattr(given, name)) for name in ("log_dir", "data", "init_from")}
+    values = {**_values(config), **paths}
     return ResolvedConfig(**values, chosen=tuple(name for name in given.as_dict() if name in chosen))
 
 
@@ -159,6 +173,31 @@ def _is_open(name: str, value: Any) -> bool:
     return value is None or (value == "auto" and name != "placement")
 
 
+def _initial_weights(config: TrainConfig, where: Where) -> Mapping[str, Any]:
+    """The size of the model that the weights are taken from, where no size is given."""
+    shape = None if config.model_type is not None else initial_shape(config)
+    if shape is None:
+        return {}
+    return {"model_type": nearest_size(shape), **{flag: getattr(shape, field) for field, flag in SHAPE_FLAGS.items()}}
+
+
+def initial_shape(config: TrainConfig) -> ModelShape | None:
+    """The shape of the model in ``--init_from``; None for random weights, and where the folder tells none."""
+    if config.init_from == RANDOM_WEIGHTS:
+        return None
+    try:
+        return shape_of(Path(config.init_from).expanduser())
+    except FolderError:
+        return None  # commons.cli says what is wrong with it
+
+
+def nearest_size(shape: ModelShape) -> str:
+    """The name of the size that is ``shape``, or of the one with the most similar parameter count."""
+    counts = {name: parameter_count(size) for name, size in MODEL_SIZES.items()}
+    same = [name for name, size in MODEL_SIZES.items() if size == shape]
+    return min(same or counts, key=lambda name: abs(math.log(counts[name] / parameter_count(shape))))
+
+
 def _device(config: TrainConfig, where: Where) -> Mapping[str, Any]:
     return {"device": where.device_type, "model_type": DEVICE_DEFAULTS[where.device_type]["model_type"]}
 
@@ -168,7 +207,13 @@ def _size(config: TrainConfig, where: Where) -> Mapping[str, Any]:
     hidden = config.hidden_size or size.hidden
     divided = [size.heads] if hidden % size.heads == 0 else usual_head_counts(hidden, 1)
     heads = min(divided, key=lambda heads: abs(heads - size.heads))
-    return {"num_layers": size.layers, "hidden_size": size.hidden, "num_heads": heads}
+    return {
+        "num_layers": size.layers,
+        "hidden_size": size.hidden,
+        "num_heads": heads,
+        "num_positions": size.positions,
+        "vocab_size": size.vocab,
+    }
 
 
 def _size_or_first(config: TrainConfig) -> ModelShape:
@@ -194,7 +239,7 @@ def _steps(config: TrainConfig, where: Where) -> Mapping[str, Any]:
 
 def _batch(config: TrainConfig, where: Where) -> Mapping[str, Any]:
     defaults = DEVICE_DEFAULTS[where.device_type]
-    seq_len, batch = min(defaults["seq_len"], _size_or_first(config).positions), defaults["batch_size"]
+    seq_len, batch = min(defaults["seq_len"], config.num_positions or 1), defaults["batch_size"]
     if config.sequence_parallel == "on":
         seq_len = max(1, seq_len // config.tp_degree) * config.tp_degree
     if config.pp_degree > 1 and not _is_cut(batch, config):
@@ -261,6 +306,7 @@ def _name(config: TrainConfig, where: Where) -> Mapping[str, Any]:
 
 # In the order in which one depends on those before it.
 CHOICES: tuple[Callable[[TrainConfig, Where], Mapping[str, Any]], ...] = (
+    _initial_weights,
     _device,
     _size,
     _steps,

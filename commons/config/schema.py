@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from commons.config.resolved import ResolvedConfig
 
+RANDOM_WEIGHTS = "random"  # --init_from
 FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 
 # The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user
@@ -43,6 +44,16 @@ class ModelFlags:
     num_layers: int | None = _flag(None, "transformer blocks, instead of the size's own", "N")
     hidden_size: int | None = _flag(None, "width of the residual stream, instead of the size's own", "N")
     num_heads: int | None = _flag(None, "attention heads, instead of the size's own; must divide the hidden size", "N")
+    num_positions: int | None = _flag(
+        None, "rows of the position table, the longest sequence, instead of the size's own", "N"
+    )
+    vocab_size: int | None = _flag(None, "token ids of the vocabulary, instead of the size's own", "N")
+    init_from: str = _flag(
+        RANDOM_WEIGHTS,
+        "initial weights. random: drawn by --seed; else a folder with a GPT-2 as HuggingFace's transformers write it,"
+        " whose size is taken where none is given",
+        "FOLDER",
+    )
     dropout: float = _flag(0.0, "probability of dropping an activation, in embeddings, attention and blocks", "P")
     attention: Literal["sdpa", "eager", "flash"] = _flag(
         "sdpa",

@@ -5,6 +5,7 @@ precision as the others.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,8 @@ from commons.model.compile import functions_for, run_as_functions
 from commons.model.cuda_graph import TIMES_INSIDE, WholeStepGraph, has_room
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.ops.gradient_norm import clip_, sum_of_squares
+from commons.plans.states import Counters, StateHolder, StatePiece, pieces
+from commons.plans.torch_states import HOLDERS
 from commons.plans.trainable import Mark, Update, evaluating, weighted
 from model_zoo import build_model
 
@@ -42,9 +45,16 @@ class TorchTrainable:
     shared_bytes: int | None = None
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, config: ResolvedConfig, device: Device, autocast: bool
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: ResolvedConfig,
+        device: Device,
+        autocast: bool,
+        holder: StateHolder,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        self._shape, self._holder = config.shape(), holder
         self._clip_grad_norm = config.clip_grad_norm
         self._autocast_dtype = compute_dtype(config.base_precision) if autocast and config.precision != "fp32" else None
         self._device_type, self._device = device.type, device.torch_device
@@ -103,6 +113,25 @@ class TorchTrainable:
         self.optimizer.zero_grad(set_to_none=True)
         skipped = self.loss_scaler.get_scale() < scale
         return Update(None if skipped else norm, skipped)
+
+    def states(self) -> Iterator[StatePiece]:
+        return pieces(self._shape, self._holder.held(), tensor_rank=0, tensor_ranks=1)
+
+    def after_load(self) -> None:
+        self._holder.refresh()
+
+    def counters(self) -> Counters:
+        scaler = self.loss_scaler
+        if not scaler.is_enabled():
+            return Counters(self._holder.updates())
+        return Counters(self._holder.updates(), scaler.get_scale(), scaler._get_growth_tracker())
+
+    def set_counters(self, counters: Counters) -> None:
+        self._holder.set_updates(counters.updates)
+        scaler = self.loss_scaler
+        if scaler.is_enabled() and counters.loss_scale is not None:
+            numbers = {"scale": counters.loss_scale, "_growth_tracker": counters.good_steps}
+            scaler.load_state_dict({**scaler.state_dict(), **numbers})
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradients, whole or sharded (collective); the norm before, an fp64 scalar on the device."""
@@ -172,25 +201,28 @@ class ShardAdamW(torch.optim.AdamW):
 
     As DTensors the 292 of gpt2_medium keep the host busy for 10 ms of every step, as tensors for 2 (two H100s,
     2026-11-27, benchmarks/NOTES.md).
+
+    Attributes:
+        shards: FSDP2's parameters, and this rank's shard of each, which the states belong to.
     """
 
     def __init__(self, groups: list[dict], **options: Any) -> None:
-        self._shards: list[tuple[Any, nn.Parameter]] = []
+        self.shards: list[tuple[Any, nn.Parameter]] = []
         super().__init__([{**group, "params": [*map(self._shard_of, group["params"])]} for group in groups], **options)
 
     def _shard_of(self, parameter: Any) -> nn.Parameter:
         shard = nn.Parameter(parameter.detach().to_local())
-        self._shards.append((parameter, shard))
+        self.shards.append((parameter, shard))
         return shard
 
     def step(self, closure: Any = None) -> Any:
-        for parameter, shard in self._shards:
+        for parameter, shard in self.shards:
             shard.grad = None if parameter.grad is None else parameter.grad.to_local()
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for parameter, _ in self._shards:
+        for parameter, _ in self.shards:
             parameter.grad = None
 
 
@@ -211,7 +243,9 @@ def build(kind: str, config: ResolvedConfig, device: Device) -> TorchTrainable:
     else:
         wrapped = _replicated(model, device, captured=config.cuda_graph == "on")
     trainable = CapturedTorchTrainable if config.cuda_graph == "on" else TorchTrainable
-    return trainable(wrapped, _adamw(kind, wrapped, config), config, device, kind != "fsdp")
+    optimizer = _adamw(kind, wrapped, config)
+    holder = HOLDERS[kind](wrapped, optimizer, device.rank, device.world_size)
+    return trainable(wrapped, optimizer, config, device, kind != "fsdp", holder)
 
 
 def _replicated(model: nn.Module, device: Device, captured: bool) -> DistributedDataParallel:

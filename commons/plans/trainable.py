@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from commons.plans.states import Counters, StatePiece
+
 
 @dataclass(frozen=True)
 class Update:
@@ -73,7 +75,29 @@ class Trainable(Protocol):
         ...
 
     def step(self) -> Update:
-        """Unscale, clip, update and clear the gradients (collective)."""
+        """Unscale, clip, update and clear the gradients (collective). Nothing else writes to what states() shows."""
+        ...
+
+    def states(self) -> Iterator[StatePiece]:
+        """This rank's part of masters and moments, as views of its memory, always in the same order; moments that no
+        step has made yet are made, as zeros. To be read, or written to, between two steps.
+        """
+        ...
+
+    def after_load(self) -> None:
+        """The masters that states() shows have been written to: make the weights that are computed with of them
+        (collective).
+        """
+        ...
+
+    def counters(self) -> Counters:
+        """Adam's step count and the state of fp16's loss scale."""
+        ...
+
+    def set_counters(self, counters: Counters) -> None:
+        """Go on from ``counters``; a loss scale that they lack stays as it is, one that this precision lacks is
+        ignored.
+        """
         ...
 
     def evaluate(self, tokens: torch.Tensor) -> torch.Tensor | None:

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import GPT2LMHeadModel
 
 from commons.config.resolved import ResolvedConfig
+from commons.config.schema import RANDOM_WEIGHTS
 from commons.data.batch_source import BatchPlace
 from commons.data.sources import open_source
 from commons.distributed.device import compute_dtype
@@ -158,10 +160,7 @@ def reference_steps(
     Returns:
         Every step's loss and gradient norm, and the trained model.
     """
-    with device:
-        model = build_model(config.shape())
-    rounded_to = compute_dtype(config.base_precision)
-    seeded_init_(model, config.seed, device, rounded_to)
+    model = _initial_model(config, device)
     adam = torch.optim.AdamW(
         decay_groups(model, config.weight_decay), betas=(config.beta1, config.beta2), eps=config.adam_eps
     )
@@ -188,6 +187,19 @@ def reference_steps(
         adam.zero_grad()
         steps.append(ReferenceStep(loss, norm))
     return steps, model
+
+
+def _initial_model(config: ResolvedConfig, device: torch.device) -> nn.Module:
+    """The model that the run begins with; the weights of ``--init_from`` as transformers itself reads them."""
+    with device:
+        model = build_model(config.shape())
+    seeded_init_(model, config.seed, device, compute_dtype(config.base_precision))
+    if config.init_from != RANDOM_WEIGHTS:
+        held = GPT2LMHeadModel.from_pretrained(config.init_from, torch_dtype=torch.float32).state_dict()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter[: len(held[name])].copy_(held[name])  # what pads the vocabulary stays
+    return model
 
 
 def _clipped_norm(model: nn.Module, max_norm: float) -> float:

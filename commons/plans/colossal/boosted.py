@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from commons.config.auto import EAGER_STEPS
 from commons.config.resolved import ResolvedConfig
 from commons.distributed.device import Device, compute_dtype
-from commons.distributed.layout import Place, check_mesh
+from commons.distributed.layout import Place, check_mesh, place
 from commons.distributed.peer_copies import find_peers
 from commons.distributed.process_group import every_rank
 from commons.lifecycle.notices import say
@@ -20,15 +21,23 @@ from commons.model.cuda_graph import StepGraph, has_room, join
 from commons.model.initial_weights import decay_groups, seeded_init_
 from commons.plans.colossal.chunks import blocks_first, chunk_configuration
 from commons.plans.colossal.runtime import prepare
+from commons.plans.states import Counters, StateHolder, StatePiece, pieces
 from commons.plans.trainable import Mark, Update, evaluating, weighted
 from model_zoo import build_model
 
 
 class BoostedTrainable:
-    """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines."""
+    """A model and optimizer wrapped by a Booster: Gemini, ZeRO and tensor parallelism, all but pipelines.
+
+    Attributes:
+        config, device, holder: what :func:`boost` built it from, and where its states lie.
+    """
 
     replayed_bytes = 0
     shared_bytes: int | None = None
+    config: ResolvedConfig
+    device: Device
+    holder: StateHolder
 
     def __init__(self, booster: Any, model: nn.Module, optimizer: Any, adam: Any, no_sync: bool) -> None:
         self.booster, self.model, self.optimizer = booster, model, optimizer
@@ -76,6 +85,29 @@ class BoostedTrainable:
         """The dynamic loss scale that the gradients of this step carry; 1 but for fp16."""
         scaler = self.loss_scaler()
         return 1.0 if scaler is None else scaler.scale.item()
+
+    def states(self) -> Iterator[StatePiece]:
+        tensor_rank = self._place().tensor
+        return pieces(self.config.shape(), self.holder.held(), tensor_rank, self.config.tp_degree)
+
+    def _place(self) -> Place:
+        return place(self.device.rank, tp_degree=self.config.tp_degree, pp_degree=self.config.pp_degree)
+
+    def after_load(self) -> None:
+        self.holder.refresh()
+
+    def counters(self) -> Counters:
+        scaler = self.loss_scaler()
+        if scaler is None:
+            return Counters(self.holder.updates())
+        return Counters(self.holder.updates(), scaler.scale.item(), scaler._growth_step, scaler._hysteresis_step)
+
+    def set_counters(self, counters: Counters) -> None:
+        self.holder.set_updates(counters.updates)
+        scaler = self.loss_scaler()
+        if scaler is not None and counters.loss_scale is not None:
+            scaler._scale.fill_(counters.loss_scale)
+            scaler._growth_step, scaler._hysteresis_step = counters.good_steps, counters.overflows
 
     def loss_scaler(self) -> Any:
         """Colossal-AI's DynamicGradScaler, which each of its optimizers has under a name of its own; None but for
@@ -164,7 +196,7 @@ def build_gemini(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     peers = find_peers(config, device)
     graphed = config.captures_graphs(device.world_size, peers is not None)
     kind = GraphedTrainable if graphed else BoostedTrainable
-    trainable = boost(plugin, model, config, no_sync=False, trainable=kind)
+    trainable = boost(plugin, model, config, device, no_sync=False, trainable=kind)
     gemini: Any = trainable.model
     if peers is not None:
         copies = gemini.share_between(peers, replicated=placement["shard_param_frac"] == 0)
@@ -220,7 +252,7 @@ def build_zero(config: ResolvedConfig, device: Device, stage: int) -> BoostedTra
     model = new_model(config, device, lazy=False)
     if config.runs_as_functions:
         run_as_functions(model, functions_for(config, device.type))
-    return boost(plugin, model, config, no_sync=stage == 1)
+    return boost(plugin, model, config, device, no_sync=stage == 1)
 
 
 def new_model(config: ResolvedConfig, device: Device, *, lazy: bool) -> nn.Module:
@@ -245,6 +277,7 @@ def boost(
     plugin: Any,
     model: nn.Module,
     config: ResolvedConfig,
+    device: Device,
     *,
     no_sync: bool,
     trainable: type[BoostedTrainable] = BoostedTrainable,
@@ -255,6 +288,7 @@ def boost(
     from colossalai.booster import Booster
 
     from commons.plans.colossal.adam_kernels import SuiteAdam
+    from commons.plans.colossal.holders import holder_of
 
     adam = SuiteAdam(
         decay_groups(model, config.weight_decay),
@@ -266,4 +300,8 @@ def boost(
     booster = Booster(plugin=plugin)
     boosted: Any
     boosted, optimizer, *_ = booster.boost(model, adam)
-    return trainable(booster, boosted, optimizer, adam, no_sync)
+    made = trainable(booster, boosted, optimizer, adam, no_sync)
+    made.config, made.device = config, device
+    here = place(device.rank, tp_degree=config.tp_degree, pp_degree=config.pp_degree)
+    made.holder = holder_of(boosted, optimizer, here, config.data_parallel_size(device.world_size))
+    return made

@@ -79,6 +79,18 @@ class Run:
         exp_avg, exp_avg_sq = self.moments(states)
         return AdamSlot(self.masters(), gradients, exp_avg, exp_avg_sq, weights)
 
+    def write_weights(self) -> None:
+        """Make the weights of the masters, as an update does; the chunk is not gathered."""
+        with torch.no_grad():
+            self.chunk.payload[self.begin : self.end].copy_(self.masters())
+        _weights_are_written(self.chunk)
+
+
+def _weights_are_written(chunk: Chunk) -> None:
+    """The shard, wherever it lies, holds the new weights: nothing is left to be copied."""
+    chunk.optim_sync_flag = True
+    chunk.cpu_vis_flag = chunk.device_type == "cpu"
+
 
 def runs_of(optimizer: Any) -> Iterator[Run]:
     """All runs of a ``GeminiOptimizer``, chunk by chunk."""
@@ -154,9 +166,7 @@ class ChunkAdam:
             )
             (self.update_on_gpu if device_type == "cuda" else fused_adam)(slots, settings)
         for chunk in self._optimizer.chunk16_set:
-            # the shard, wherever it lies, holds the new weights: nothing is left to be copied
-            chunk.optim_sync_flag = True
-            chunk.cpu_vis_flag = chunk.device_type == "cpu"
+            _weights_are_written(chunk)
 
     def _leave_out(self) -> None:
         """Forget the gradients; where they lie in the weights' place, write the weights there again."""

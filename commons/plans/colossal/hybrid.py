@@ -77,7 +77,7 @@ def build_hybrid(config: ResolvedConfig, device: Device) -> BoostedTrainable:
     _check_place(plugin, config, device)
     model = new_model(config, device, lazy=True)
     trainable = PipelinedBoostedTrainable if config.pp_degree > 1 else BoostedTrainable
-    return boost(plugin, model, config, no_sync=plugin.zero_stage < 2, trainable=trainable)
+    return boost(plugin, model, config, device, no_sync=plugin.zero_stage < 2, trainable=trainable)
 
 
 def _check_place(plugin: Any, config: ResolvedConfig, device: Device) -> None:
