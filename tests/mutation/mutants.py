@@ -21,13 +21,12 @@ from cosmic_ray.operators.provider import OperatorProvider
 
 LARGE, SMALL = 1e5, 1e-2
 BINARY = {
-    **{"Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "FloorDiv": "Mul", "Mod": "Mul", "Pow": "Mul"},
-    **{"BitOr": "BitAnd", "BitAnd": "BitOr", "BitXor": "BitAnd", "RShift": "LShift", "LShift": "RShift"},
-}
+    "Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "FloorDiv": "Mul", "Mod": "Mul", "Pow": "Mul",
+    "BitOr": "BitAnd", "BitAnd": "BitOr", "BitXor": "BitAnd", "RShift": "LShift", "LShift": "RShift",
+}  # fmt: skip
 COMPARISONS = {
-    **{"Eq": "NotEq", "NotEq": "Eq", "Lt": "LtE", "LtE": "Lt"},
-    **{"Gt": "GtE", "GtE": "Gt", "Is": "IsNot", "IsNot": "Is"},
-}
+    "Eq": "NotEq", "NotEq": "Eq", "Is": "IsNot", "IsNot": "Is", "Lt": "LtE", "LtE": "Lt", "Gt": "GtE", "GtE": "Gt",
+}  # fmt: skip
 OPERATORS = (
     *(f"ReplaceBinaryOperator_{one}_{other}" for one, other in BINARY.items()),
     *(f"ReplaceComparisonOperator_{one}_{other}" for one, other in COMPARISONS.items()),
