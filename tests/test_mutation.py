@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
+from mutation.equivalent import EQUIVALENT
+from mutation.planted import FAULTS, Fault, rot
+from mutation.targets import TARGETS
 from suite_runs import REPOSITORY
-
-sys.path.append(str(REPOSITORY / "tests" / "mutation"))  # its scripts are run from there
-
-from equivalent import EQUIVALENT
-from planted import FAULTS, Fault, rot
-from targets import TARGETS
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import parso
-from cosmic_ray.ast import Visitor, get_ast
-from cosmic_ray.operators.number_replacer import NumberReplacer
-from cosmic_ray.operators.operator import Operator
-from cosmic_ray.operators.provider import OperatorProvider
+import parso  # pyright: ignore[reportMissingImports]
+from cosmic_ray.ast import Visitor, get_ast  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.number_replacer import NumberReplacer  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.operator import Operator  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.provider import OperatorProvider  # pyright: ignore[reportMissingImports]
 
 LARGE, SMALL = 1e5, 1e-2
 BINARY = {
@@ -52,7 +52,7 @@ class Number(NumberReplacer):
         value = ast.literal_eval(node.value)
         near = isinstance(value, int) and abs(value) < LARGE
         changed = value + (1, -1)[index] if near else value * (1.5, 0.5)[index] or (1.0, -1.0)[index]
-        return parso.python.tree.Number(f" {changed}", node.start_pos)  # pyright: ignore[reportAttributeAccessIssue]
+        return parso.python.tree.Number(f" {changed}", node.start_pos)
 
 
 class SwapName(Operator):
