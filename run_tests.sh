@@ -5,6 +5,7 @@
 #     bash run_tests.sh --smoke             every plan once, on two CPU ranks: under two minutes on two cores
 #     bash run_tests.sh -m gpu              what needs GPUs (GEMINI_PARITY_OUT=FILE: its parity table in FILE.md)
 #     bash run_tests.sh tests/cli/test_config.py -k placement
+#     bash run_tests.sh --mutate [MODULE]   whether the tests notice small changes of a module: docs/contributing.md
 #
 # The first start installs what is needed (install.sh --dev). The exit code is pytest's. Nothing outlives it: a process
 # that a test left behind is named and killed.
@@ -12,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
+[[ ${1:-} != --mutate ]] || exec bash tests/mutation/run.sh "${@:2}"
 marked="not gpu and not smoke" # a later -m among the arguments wins
 if [[ ${1:-} == --smoke ]]; then
     marked="smoke"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from mutation.targets import TARGETS
 from suite_runs import launch
 
 from benchmarks.images import PANELS, RESULTS
@@ -186,6 +187,8 @@ def wrong_with(command: str) -> list[str]:
             return wrong_settings(flags, {**variables, "GPUNUM": "1"})
         case ["sbatch", *_]:
             return wrong_slurm_job(words[1:], variables)
+        case ["bash", "run_tests.sh", "--mutate", *names]:
+            return [f"no module {name}" for name in names if name not in {"planted", *TARGETS}]
         case ["bash", "run_tests.sh", *arguments]:
             files = [word for word in arguments if word.startswith("tests/")]
             return [f"no {name}" for name in files if not (REPOSITORY / name).exists()] + unknown(
@@ -275,6 +278,7 @@ def test_commands_work(page: str, command: str) -> None:
         ("sbatch --node=2 launchers/slurm.sbatch", "--node"),
         ("bash run_tests.sh tests/test_nothing.py", "test_nothing"),
         ("bash run_tests.sh --smok", "--smok"),
+        ("bash run_tests.sh --mutate shedule", "shedule"),
         ("python -m benchmarks.speed plains", "plains"),
         ("python -m benchmarks.parity --to my_parity", "--to"),
         ("python -m benchmarks.nothing", "benchmarks.nothing"),
@@ -329,7 +333,7 @@ def test_every_page_is_linked() -> None:
 
 
 # Not flags of a training.
-OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list"}
+OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list", "mutate"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/troubleshooting.md"])

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from suite_runs import REPOSITORY, clean_environment
 from worlds.launched import Launched
 
+from commons.launch import launcher
+from commons.launch.nodes import Nodes
 from commons.lifecycle.outcome import STOP_SIGNALS
 from commons.lifecycle.suite_root import python_path
 
@@ -69,3 +73,17 @@ def test_a_rank_under_nohup_does_not_hear_that_its_terminal_closed(signum: signa
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True, True, 0]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("lo", "lo"), ("", ""), (None, "eth7")])
+def test_an_interface_that_the_user_chose_is_not_chosen_again(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(launcher, "interface_to_the_others", lambda nodes: "eth7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")  # to be put back afterwards
+    if given is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    launch: Any = SimpleNamespace(notices=[])
+    launcher._choose_interface(launch, Nodes(1, 2, 0, "10.0.0.1", 29500, ("10.0.0.1", "10.0.0.2")))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == expected
+    assert len(launch.notices) == (given is None)

@@ -13,21 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import parso
-from cosmic_ray.ast import Visitor, get_ast
-from cosmic_ray.operators.number_replacer import NumberReplacer
-from cosmic_ray.operators.operator import Operator
-from cosmic_ray.operators.provider import OperatorProvider
+import parso  # pyright: ignore[reportMissingImports]
+from cosmic_ray.ast import Visitor, get_ast  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.number_replacer import NumberReplacer  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.operator import Operator  # pyright: ignore[reportMissingImports]
+from cosmic_ray.operators.provider import OperatorProvider  # pyright: ignore[reportMissingImports]
 
 LARGE, SMALL = 1e5, 1e-2
 BINARY = {
-    **{"Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "FloorDiv": "Mul", "Mod": "Mul", "Pow": "Mul"},
-    **{"BitOr": "BitAnd", "BitAnd": "BitOr", "BitXor": "BitAnd", "RShift": "LShift", "LShift": "RShift"},
-}
+    "Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "FloorDiv": "Mul", "Mod": "Mul", "Pow": "Mul",
+    "BitOr": "BitAnd", "BitAnd": "BitOr", "BitXor": "BitAnd", "RShift": "LShift", "LShift": "RShift",
+}  # fmt: skip
 COMPARISONS = {
-    **{"Eq": "NotEq", "NotEq": "Eq", "Lt": "LtE", "LtE": "Lt"},
-    **{"Gt": "GtE", "GtE": "Gt", "Is": "IsNot", "IsNot": "Is"},
-}
+    "Eq": "NotEq", "NotEq": "Eq", "Is": "IsNot", "IsNot": "Is", "Lt": "LtE", "LtE": "Lt", "Gt": "GtE", "GtE": "Gt",
+}  # fmt: skip
 OPERATORS = (
     *(f"ReplaceBinaryOperator_{one}_{other}" for one, other in BINARY.items()),
     *(f"ReplaceComparisonOperator_{one}_{other}" for one, other in COMPARISONS.items()),
@@ -53,7 +52,7 @@ class Number(NumberReplacer):
         value = ast.literal_eval(node.value)
         near = isinstance(value, int) and abs(value) < LARGE
         changed = value + (1, -1)[index] if near else value * (1.5, 0.5)[index] or (1.0, -1.0)[index]
-        return parso.python.tree.Number(f" {changed}", node.start_pos)  # pyright: ignore[reportAttributeAccessIssue]
+        return parso.python.tree.Number(f" {changed}", node.start_pos)
 
 
 class SwapName(Operator):

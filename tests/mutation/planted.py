@@ -301,7 +301,7 @@ FAULTS: list[Fault] = [
     *faults_of(
         "moments",
         "commons/launch/agent.py",
-        "tests/launch/test_launcher.py -k worst_moment",
+        "tests/launch/test_agent.py",
         (
             "a signal before the ranks start is not heard until they run",
             "        self._raise_what_was_kept()\n        self._begin(self._attempt)",

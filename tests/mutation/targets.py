@@ -53,11 +53,9 @@ TARGETS: dict[str, Target] = {
     ),
     "seeding": target("commons/distributed/seeding.py", "tests/distributed/test_seeding.py"),
     "layout": target("commons/distributed/layout.py", "tests/training/test_parity.py", keyword="places or mesh"),
-    "auto": target("commons/config/auto.py", "tests/config", "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS),
-    "resolved": target(
-        "commons/config/resolved.py", "tests/config", CONFIG, "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS
-    ),
-    "limits": target("commons/cli/limits.py", CONFIG, "tests/cli/test_limits.py"),
+    "auto": target("commons/config/auto.py", "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS),
+    "resolved": target("commons/config/resolved.py", CONFIG, "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS),
+    "limits": target("commons/cli/limits.py", "tests/cli/test_limits.py"),
     "checks": target("commons/cli/checks.py", CONFIG),
     "output": target("commons/cli/output.py", CONFIG),
     "parity": target(
