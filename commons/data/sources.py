@@ -15,7 +15,8 @@ from commons.data.text import open_text
 class RandomTokens:
     """Uniformly random tokens, every data-parallel rank's from a seed of its own."""
 
-    description, epoch_samples, held_out_samples = "", None, 0
+    description, held_out_samples = "", 0
+    epoch_samples: int | None = None
 
     def __init__(self, request: DataRequest) -> None:
         self._request = request
