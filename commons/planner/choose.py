@@ -11,17 +11,18 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.planner.machines import Machine, resolve_for
-from commons.planner.memory import Forecast
-from commons.planner.memory import forecast as forecast_memory
 from commons.planner.rates import Rates
 from commons.planner.step_time import StepTime, forecast_step
 from commons.plans.registry import PLANS, Plan
 from model_zoo import divisors, padded_parameter_count
+
+if TYPE_CHECKING:
+    from commons.planner.memory import Forecast
 
 # What --auto chooses where the user does not.
 SEARCHED = (
@@ -56,10 +57,13 @@ UNSAID = {"tp_degree": 1, "pp_degree": 1, "offload_optim_frac": 0.0, "offload_pa
 MICROBATCHES_PER_STAGE = (1, 2, 4, 8)
 CLOSE = 0.01  # of the speed: what a smaller batch may cost
 WANTED = 6  # layouts that fit, for the table and the trials
-SEARCH_SECONDS = 20.0  # for memory forecasts
+SEARCH_SECONDS = 30.0  # for exact forecasts of memory: each traces a block; after that they are rough, and high
+MOST_JUDGED = 20
+DEVICE_SHARE = 0.99  # of a device's memory that a layout may take: forecasts are up to 1 % too low
+PROBED = (8, 16)  # batches from which the memory of the others is bounded
 
 Settings = Mapping[str, Any]
-Memory = Callable[[ResolvedConfig, Machine], Forecast]
+Memory = Callable[[ResolvedConfig, Machine, bool], "Forecast"]
 Judge = Callable[[Settings], Sequence[str]]
 
 
@@ -109,7 +113,7 @@ class Search:
         nearest: where none fits, the one that lacks least.
         too_large, refused: layouts that do not fit, and that the settings' checks refuse, of all ``considered``.
         refusals: why the fastest of the refused cannot run.
-        complete: False where the time for it was over.
+        complete: False where the time for exact forecasts was over, and rough ones may have left out what fits.
     """
 
     fitting: list[Candidate] = field(default_factory=list)
@@ -148,17 +152,18 @@ def search(
     Args:
         given: the settings that the user gave, by name; each is kept.
         judge: what is wrong with settings, empty where nothing is.
-        memory: the forecast, in bytes (default: commons.planner.memory's).
+        memory: the forecast of a configuration on a machine, exact, or rough and high but fast (default:
+            commons.planner.memory's).
         wanted: layouts, of as many kinds.
-        seconds: after which no more forecasts are made.
+        seconds: after which forecasts are rough.
     """
-    found, ask = Search(), memory or forecast_on
+    found, asked = Search(), _AskedMemory(memory or forecast_on, machine, time.monotonic() + seconds)
     ranked = sorted(candidates(given, machine, rates), key=lambda layout: -layout.time.tokens_per_second)
     found.considered = len(ranked)
     verdicts: dict[tuple[Any, ...], list[str]] = {}
     failed: dict[tuple[Any, ...], int] = {}
     best: dict[Kind, Candidate] = {}
-    least, end = float("inf"), time.monotonic() + seconds
+    least = float("inf")
     for layout in ranked:
         if len(best) >= wanted and layout.kind not in best:
             break
@@ -172,10 +177,10 @@ def search(
             found.refused += 1
             found.refusals = found.refusals or verdicts[key]
             continue
-        if time.monotonic() > end:
-            found.complete = False
-            break
-        layout = dataclasses.replace(layout, memory=ask(layout.config, machine))
+        if asked.cannot_fit(layout):
+            found.too_large += 1
+            continue
+        layout = dataclasses.replace(layout, memory=asked.forecast(layout.config))
         lacking = shortfall(layout.memory, machine)
         if lacking:
             found.too_large += 1
@@ -184,6 +189,9 @@ def search(
                 least, found.nearest = max(lacking.values()), layout
         else:
             best[layout.kind] = layout
+    found.complete = asked.exact
+    if not best and found.nearest is None and found.too_large:  # nothing was worth a forecast
+        found.nearest = _smallest(ranked, given, judge, asked)
     found.fitting = sorted(best.values(), key=lambda layout: -layout.time.tokens_per_second)
     return found
 
@@ -221,9 +229,52 @@ def _remember_failure(layout: Candidate, failed: dict[tuple[Any, ...], int]) -> 
 # ---- memory
 
 
-def forecast_on(config: ResolvedConfig, machine: Machine) -> Forecast:
-    """The memory forecast of one rank of ``machine``."""
-    return forecast_memory(config, machine.world_size, machine.gpus_per_node, machine.gpu)
+def forecast_on(config: ResolvedConfig, machine: Machine, rough: bool = False) -> Forecast:
+    """The memory forecast of one rank of ``machine``. Imports torch."""
+    from commons.planner.memory import forecast
+
+    return forecast(config, machine.world_size, machine.gpus_per_node, machine.gpu, rough=rough)
+
+
+class _AskedMemory:
+    """Forecasts of memory on one machine, and what follows from them for others.
+
+    The peak is the largest of several moments, each of which grows linearly with the batch: it is a convex function of
+    it, and lies above the line through two of its points everywhere beside them. So two exact forecasts of a layout say
+    of every batch what it takes at least, without a trace.
+    """
+
+    def __init__(self, memory: Memory, machine: Machine, end: float) -> None:
+        self._memory, self.machine, self._end = memory, machine, end
+        self._lines: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.exact = True
+
+    def forecast(self, config: ResolvedConfig) -> Forecast:
+        self.exact = self.exact and time.monotonic() < self._end
+        return self._memory(config, self.machine, not self.exact)
+
+    def cannot_fit(self, layout: Candidate) -> bool:
+        """Whether the device has too little for it, by two forecasts of the same with other batches."""
+        low, high = PROBED
+        if layout.config.pp_degree > 1 or not self.exact or layout.config.batch_size in PROBED:
+            return False
+        key = _without_batch(layout)
+        if key not in self._lines:
+            ends = [dataclasses.replace(layout.config, batch_size=batch) for batch in PROBED]
+            first, last = (self.forecast(config).device_peak for config in ends)
+            self._lines[key] = first, last
+        line = self._lines[key]
+        least = line[0] + (line[1] - line[0]) * (layout.config.batch_size - low) / (high - low)
+        return least > _device_bytes(self.machine)
+
+
+def _smallest(ranked: Sequence[Candidate], given: Settings, judge: Judge, asked: _AskedMemory) -> Candidate | None:
+    """The layout that can run and needs least of the device at least, with its memory."""
+    fewest = sorted(ranked, key=lambda layout: least_device_bytes(layout.config, asked.machine))
+    for layout in fewest[:MOST_JUDGED]:
+        if not judge({**given, **layout.settings}):
+            return dataclasses.replace(layout, memory=asked.forecast(layout.config))
+    return None
 
 
 def shortfall(memory: Forecast | None, machine: Machine) -> dict[str, int]:
@@ -239,7 +290,7 @@ def shortfall(memory: Forecast | None, machine: Machine) -> dict[str, int]:
 
 
 def _device_bytes(machine: Machine) -> float:
-    return machine.gpu.memory_bytes if machine.gpu is not None else float("inf")
+    return DEVICE_SHARE * machine.gpu.memory_bytes if machine.gpu is not None else float("inf")
 
 
 def least_device_bytes(config: ResolvedConfig, machine: Machine) -> float:
