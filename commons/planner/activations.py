@@ -112,9 +112,7 @@ def _traced(case: BlockCase) -> tuple[Any, Any]:
     from functorch.compile import default_partition, min_cut_rematerialization_partition
     from torch._functorch.aot_autograd import aot_function
 
-    cut: Callable = (
-        min_cut_rematerialization_partition if case.compiled or case.recompute != "off" else default_partition
-    )
+    cut: Callable = min_cut_rematerialization_partition if case.compiled or case.recompute != "off" else default_partition
     passes: list[Any] = []
 
     def partition(joint: Any, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
@@ -125,11 +123,7 @@ def _traced(case: BlockCase) -> tuple[Any, Any]:
         return passes
 
     run = aot_function(
-        _function(case),
-        fw_compiler=_as_it_is,
-        bw_compiler=_as_it_is,
-        partition_fn=partition,
-        keep_inference_input_mutations=True,
+        _function(case), fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=partition, keep_inference_input_mutations=True
     )
     batch, sequence = case.tokens
     hidden = torch.empty(batch, sequence, case.shape.hidden, dtype=case.hidden_dtype, requires_grad=True)

@@ -176,9 +176,7 @@ def _host_and_link(parts: Sequence[str]) -> tuple[int | None, float | None]:
             if not node_link > 0:
                 raise ValueError(f"{part!r} is no network's rate: write for example 400 Gbit/s")
         else:
-            raise ValueError(
-                f"{part!r} cannot be read: after the GPUs come the memory and network of a node, {EXAMPLE}"
-            )
+            raise ValueError(f"{part!r} is neither a node's memory nor its network: write it as {EXAMPLE}")
     return host_bytes, node_link
 
 

@@ -189,9 +189,7 @@ def gemini(config: ResolvedConfig, world_size: int, rank: int, *, copies: bool) 
         held.append(Held("master weights", host if away else "device", MASTER * part))
         if pins and not away:
             held.append(Held("master weights", host, MASTER * part))
-        moments = [
-            Held("optimizer states", "host" if away else "device", FP32 * run) for run in _runs(chunks, cut, zero_rank)
-        ]
+        moments = [Held("optimizer states", "host" if away else "device", FP32 * run) for run in _runs(chunks, cut, zero_rank)]
         held += moments * MOMENTS
     return held + (_shared(config, chunks) if copies else [])
 
@@ -220,7 +218,9 @@ def _shared(config: ResolvedConfig, chunks: Chunks) -> list[Held]:
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
-def low_level_zero(parameters: Sequence[Parameter], precision: str, size: int) -> list[Held]:
+def low_level_zero(
+    parameters: Sequence[Parameter], precision: str, size: int
+) -> list[Held]:
     """ZeRO-1 and ZeRO-2 between steps: working parameters padded to a multiple of the ranks, a rank's part of the fp32
     masters, which fp32 training has too, and of the moments.
     """
@@ -247,7 +247,9 @@ def replicated(parameters: Sequence[Parameter], precision: str) -> list[Held]:
 def adamw(elements: Iterable[int]) -> list[Held]:
     """torch's fused AdamW: two moments and a counter for each tensor of so many ``elements``."""
     return [
-        Held("optimizer states", "device", size) for count in elements for size in (FP32 * count, FP32 * count, FP32)
+        Held("optimizer states", "device", size)
+        for count in elements
+        for size in (FP32 * count, FP32 * count, FP32)
     ]
 
 
