@@ -14,6 +14,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 
 from commons.cli.flags import read_config
+from commons.cli.preflight import preflight
 from commons.config.resolved import ResolvedConfig
 from commons.distributed import process_group
 from commons.distributed.device import Device
@@ -34,6 +35,9 @@ def main(argv: list[str]) -> None:
         guard.beat("join")
         guard.timeout_seconds = config.timeout
         here = process_group.launch(config.device, group_timeout_seconds(config.timeout))
+        guard.ended = preflight(config, here)
+        if not guard.finished:
+            guard.leave()
         config = with_own_folder(config, here.rank)
         name = process_group.first_rank_s(config.run_name)
         train(dataclasses.replace(config, run_name=name), here, guard)

@@ -247,6 +247,9 @@ class PlanningFlags:
     dry_run: bool = _flag(
         False, "start nothing: print what the run would take and how fast it would be; exit code 3 if it does not fit"
     )
+    no_preflight: bool = _flag(
+        False, "start even if the run does not fit into the memory that is free, instead of ending with exit code 3"
+    )
     json: bool = _flag(False, "with --dry_run and --plan_for: print one JSON document, for programs")
     auto: bool = _flag(
         False,

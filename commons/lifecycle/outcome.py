@@ -7,6 +7,7 @@
 | bad steps    | 1         | --max_bad_steps losses in a row were not finite |
 | failed       | 1, or the rank's own | an exception, a killed rank, a log that could not be written |
 | hung         | 1         | no rank moved for --timeout |
+| does not fit | 3         | the memory that is free is too small, and no model was built |
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HOW = ("finished", "bad steps", "failed", "hung")  # and the names of STOP_SIGNALS
+HOW = ("finished", "bad steps", "failed", "hung", "does not fit")  # and the names of STOP_SIGNALS
 # Ctrl-C, `kill`, a closed terminal, Ctrl-\ and what Slurm can be asked to send before the time limit. Each asks
 # for an orderly end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 FAILURE = 1
 NOTHING_PROVED = 3  # --check_parity had something that it could not compare: neither a success nor a difference
+DOES_NOT_FIT = 3
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torchrun's engine looks for what a rank died of
 
 

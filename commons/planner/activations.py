@@ -112,7 +112,9 @@ def _traced(case: BlockCase) -> tuple[Any, Any]:
     from functorch.compile import default_partition, min_cut_rematerialization_partition
     from torch._functorch.aot_autograd import aot_function
 
-    cut: Callable = min_cut_rematerialization_partition if case.compiled or case.recompute != "off" else default_partition
+    cut: Callable = (
+        min_cut_rematerialization_partition if case.compiled or case.recompute != "off" else default_partition
+    )
     passes: list[Any] = []
 
     def partition(joint: Any, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
@@ -123,7 +125,11 @@ def _traced(case: BlockCase) -> tuple[Any, Any]:
         return passes
 
     run = aot_function(
-        _function(case), fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=partition, keep_inference_input_mutations=True
+        _function(case),
+        fw_compiler=_as_it_is,
+        bw_compiler=_as_it_is,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
     )
     batch, sequence = case.tokens
     hidden = torch.empty(batch, sequence, case.shape.hidden, dtype=case.hidden_dtype, requires_grad=True)
@@ -260,9 +266,10 @@ def _frugal_order(nodes: list[Any]) -> list[Any]:
     order: list[Any] = []
     made: set[int] = set(given)
 
-    def growth(node: Any) -> int:
+    def growth(node: Any) -> tuple[int, int]:
+        """What is added in all, and, where that is equal, what is made: views come first."""
         new = sum(nbytes for key, nbytes in _storages(node) if key not in made)
-        return new - sum(sizes[key] for key in reads[node] if readers[key] == 1 and key not in given)
+        return new - sum(sizes[key] for key in reads[node] if readers[key] == 1 and key not in given), new
 
     while ready:
         node = min(ready, key=growth)

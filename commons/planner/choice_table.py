@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from commons.planner.choose import Candidate, Search, plain_command, shortfall
 from commons.planner.machines import GIB, Machine
+from commons.planner.memory_table import memory_table
 from commons.planner.step_time import PARTS
 from commons.planner.trials import Trial
 
@@ -156,15 +157,9 @@ def show_parts(console: Console, layout: Candidate, machine: Machine) -> None:
         _bar(console, label, getattr(time, name), time.seconds, f"{1000 * getattr(time, name):,.1f} ms")
     if time.hidden:
         console.print(f"  hidden beside computation: {1000 * time.hidden:,.1f} ms", markup=False)
-    if layout.memory is None:
-        return
-    memory = layout.memory
-    of = f" of {machine.gpu.memory_bytes / GIB:.1f}" if machine.gpu is not None else ""
-    console.print(
-        f"\nMemory of a device, {memory.device_peak / GIB:.2f}{of} GiB, in {memory.peak_phase}:", markup=False
-    )
-    for kind, size in memory.device_at_peak.items():
-        _bar(console, kind, size, memory.device_peak, f"{size / GIB:.2f} GiB")
+    if layout.memory is not None:
+        device = machine.gpu.memory_bytes if machine.gpu is not None else None
+        console.print(memory_table(layout.memory, device, machine.host_bytes))
 
 
 def _bar(console: Console, label: str, value: float, whole: float, text: str) -> None:

@@ -13,7 +13,10 @@ from typing import NamedTuple
 from commons.config.auto import is_compilable
 from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
+from commons.doctor.machine import Machine as HostMachine
+from commons.planner.calibration import default_for
 from commons.planner.gpus import GIB, GPU_MODELS, GpuModel
+from commons.planner.room import host_room
 
 GIGA = 1e9
 MOST_GPUS_PER_NODE = 8  # of a host with NVLink between all of them; more are taken as several such hosts
@@ -253,19 +256,17 @@ def this_machine(nodes: int, ranks_per_node: int, device_type: str) -> Machine:
 
     Asks torch for the GPU where ``device_type`` is "cuda", and imports it for nothing else.
     """
-    import psutil
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpu = _gpu_at_hand() if device_type == "cuda" else None
-    free = psutil.virtual_memory().available
+    gpu = _gpu_at_hand(ranks_per_node) if device_type == "cuda" else None
+    free, _ = host_room(HostMachine())
     return Machine(nodes, ranks_per_node, gpu, free, USUAL_NODE_LINK, cores, at_hand=True)
 
 
-def _gpu_at_hand() -> GpuModel:
-    import torch
+def _gpu_at_hand(ranks: int) -> GpuModel:
+    """The GPU of the first rank, with the memory that the fullest of all ranks' GPUs has left, a context included."""
+    from commons.planner.room import find_room
 
-    seen = torch.cuda.get_device_properties(0)
-    known = next((model for model in GPU_MODELS.values() if model.device_name == seen.name), None)
-    if known is not None:
-        return dataclasses.replace(known, memory_bytes=seen.total_memory)
-    return GpuModel(seen.name, seen.total_memory, (seen.major, seen.minor), seen.name)
+    rooms = [find_room(True, index) for index in range(ranks)]
+    gpu, free = rooms[0].gpu, min(room.device or 0 for room in rooms)
+    assert gpu is not None
+    return dataclasses.replace(gpu, memory_bytes=min(gpu.memory_bytes, free + default_for(gpu.capability).context))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from commons.config.resolved import ResolvedConfig
 from commons.planner.calibration import Calibration, default_for
 from commons.planner.gpus import GpuModel
-from commons.planner.states import Held, states
+from commons.planner.states import Held, model_parameters, states, zero_redundancy_parts
 from commons.planner.step import Run, phases
 
 # In the order in which tables show them.
@@ -31,6 +31,8 @@ DEVICE_KINDS = (
 )
 # of one rank; "process" is what Python, its libraries and the driver take
 HOST_KINDS = ("parameters", "gradients", "master weights", "optimizer states", "pinned beyond need", "process")
+# Made in the first optimizer step, from memory that the step before has left in large pieces: nothing is rounded up.
+MADE_LATER = ("optimizer states",)
 # What torch's allocator does not count.
 UNCOUNTED = ("context and NCCL", "allocator slack")
 
@@ -47,6 +49,7 @@ class Forecast:
         pinned: of ``host``, what is pinned, as really pinned.
         shared_memory: of one rank in /dev/shm.
         ranks_per_host: so many ranks take ``host`` on one machine.
+        context: of "context and NCCL", what a process takes that has only made a context.
     """
 
     device_at_rest: Mapping[str, int]
@@ -56,6 +59,7 @@ class Forecast:
     pinned: int
     shared_memory: int
     ranks_per_host: int
+    context: int = 0
 
     @property
     def device_rest(self) -> int:
@@ -111,19 +115,22 @@ def forecast(
 
 
 def _different_ranks(config: ResolvedConfig, world_size: int) -> Iterable[int]:
-    """Ranks among which is the one that takes most: one of each stage; all, where each has parameters of its own."""
+    """Ranks among which is the one that takes most: one of each stage; the one that updates most parameters."""
     if config.distplan == "Pytorch_ZeRO":
-        return range(world_size)
+        parts = zero_redundancy_parts(tuple(model_parameters(config.shape())), world_size)
+        sizes = [sum(parameter.elements for parameter in part) for part in parts]
+        return [sizes.index(max(sizes))]
     return [stage * config.tp_degree for stage in range(config.pp_degree)]
 
 
 def _of_rank(run: Run) -> Forecast:
     held = states(run.config, run.world_size, run.rank)
     on_gpu = run.config.device == "cuda"
-    at_rest = Counter({kind: 0 for kind in DEVICE_KINDS})
+    at_rest = Counter(dict.fromkeys(DEVICE_KINDS, 0))
     for each in held:
         if each.place in ("device", "shared"):
-            at_rest[each.kind] += block_bytes(each.nbytes) if on_gpu and each.place == "device" else each.nbytes
+            fresh = on_gpu and each.place == "device" and each.kind not in MADE_LATER
+            at_rest[each.kind] += block_bytes(each.nbytes) if fresh else each.nbytes
     at_rest.update(run.always())
     moments = {name: at_rest + Counter(more) for name, more in phases(run, held)}
     phase, at_peak = max(moments.items(), key=lambda item: sum(item[1].values()))
@@ -143,12 +150,13 @@ def _of_rank(run: Run) -> Forecast:
         pinned=pinned,
         shared_memory=0 if on_gpu else sum(each.nbytes for each in held if each.place == "shared"),
         ranks_per_host=run.local_world_size,
+        context=run.calibration.context if on_gpu else 0,
     )
 
 
 def _host(run: Run, held: Iterable[Held]) -> tuple[dict[str, int], int]:
     """Of one rank by kind, and how much of it is pinned."""
-    host, pinned = Counter({kind: 0 for kind in HOST_KINDS}), 0
+    host, pinned = Counter(dict.fromkeys(HOST_KINDS, 0)), 0
     for each in held:
         if each.place == "pinned":
             really = pinned_bytes(each.nbytes)

@@ -4,6 +4,7 @@ by tensor, from the rules by which the plan itself cuts them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -189,7 +190,9 @@ def gemini(config: ResolvedConfig, world_size: int, rank: int, *, copies: bool) 
         held.append(Held("master weights", host if away else "device", MASTER * part))
         if pins and not away:
             held.append(Held("master weights", host, MASTER * part))
-        moments = [Held("optimizer states", "host" if away else "device", FP32 * run) for run in _runs(chunks, cut, zero_rank)]
+        moments = [
+            Held("optimizer states", "host" if away else "device", FP32 * run) for run in _runs(chunks, cut, zero_rank)
+        ]
         held += moments * MOMENTS
     return held + (_shared(config, chunks) if copies else [])
 
@@ -218,9 +221,7 @@ def _shared(config: ResolvedConfig, chunks: Chunks) -> list[Held]:
 # --- the others -----------------------------------------------------------------------------------------------------
 
 
-def low_level_zero(
-    parameters: Sequence[Parameter], precision: str, size: int
-) -> list[Held]:
+def low_level_zero(parameters: Sequence[Parameter], precision: str, size: int) -> list[Held]:
     """ZeRO-1 and ZeRO-2 between steps: working parameters padded to a multiple of the ranks, a rank's part of the fp32
     masters, which fp32 training has too, and of the moments.
     """
@@ -247,9 +248,7 @@ def replicated(parameters: Sequence[Parameter], precision: str) -> list[Held]:
 def adamw(elements: Iterable[int]) -> list[Held]:
     """torch's fused AdamW: two moments and a counter for each tensor of so many ``elements``."""
     return [
-        Held("optimizer states", "device", size)
-        for count in elements
-        for size in (FP32 * count, FP32 * count, FP32)
+        Held("optimizer states", "device", size) for count in elements for size in (FP32 * count, FP32 * count, FP32)
     ]
 
 
@@ -265,7 +264,8 @@ def ddp(parameters: Sequence[Parameter], optimized: Iterable[Parameter]) -> list
     return held + adamw(parameter.elements for parameter in optimized)
 
 
-def zero_redundancy_parts(parameters: Sequence[Parameter], size: int) -> list[list[Parameter]]:
+@functools.lru_cache(maxsize=8)
+def zero_redundancy_parts(parameters: tuple[Parameter, ...], size: int) -> list[list[Parameter]]:
     """The parameters that each rank updates under torch's ZeroRedundancyOptimizer, by its own rule."""
     import torch
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -350,10 +350,14 @@ def hybrid(config: ResolvedConfig, world_size: int, rank: int) -> list[Held]:
     return held
 
 
+def _zero_redundancy(parameters: Sequence[Parameter], _: ResolvedConfig, size: int, rank: int) -> list[Held]:
+    return ddp(parameters, zero_redundancy_parts(tuple(parameters), size)[rank])
+
+
 OTHERS: dict[str, Callable[[Sequence[Parameter], ResolvedConfig, int, int], list[Held]]] = {
     "CAI_ZeRO1": lambda parameters, config, size, _: low_level_zero(parameters, config.precision, size),
     "CAI_ZeRO2": lambda parameters, config, size, _: low_level_zero(parameters, config.precision, size),
     "Pytorch_DDP": lambda parameters, *_: ddp(parameters, parameters),
-    "Pytorch_ZeRO": lambda parameters, _, size, rank: ddp(parameters, zero_redundancy_parts(parameters, size)[rank]),
+    "Pytorch_ZeRO": _zero_redundancy,
     "Pytorch_FSDP": lambda parameters, _, size, rank: fully_sharded(parameters, size, rank),
 }

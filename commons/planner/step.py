@@ -198,7 +198,9 @@ class _Blocks:
         return run.tokens * run.shape.hidden * run.item + run.shape.padded_vocab * run.shape.hidden * FP32
 
     def _loss_backward(self) -> int:
-        return self._loss_gradients() + self._hidden + self._table_gradient() if self._run.as_functions else self._loss()
+        return (
+            self._loss_gradients() + self._hidden + self._table_gradient() if self._run.as_functions else self._loss()
+        )
 
 
 def _piece_tokens(tokens: int, vocab: int) -> int:
@@ -305,7 +307,7 @@ class _Moment:
             root = sum(self._whole_parameters()) - block * run.shape.layers
             blocks = {"loss": 1, "loss backward": 1}.get(moment, 3)  # gathered, to come, and its gradients
             return run.item * (root + blocks * block)
-        if run.config.distplan != "CAI_Gemini" or run.config.shard_param_frac == 0 and run.config.peer_copies == "on":
+        if run.config.distplan != "CAI_Gemini" or (run.config.shard_param_frac == 0 and run.config.peer_copies == "on"):
             return 0
         sizes = [cut.size for cut in run.chunks.cuts]
         window = sum(sizes[number] for number in self._window(moment)) if run.copies > 1 else 0
@@ -314,9 +316,12 @@ class _Moment:
 
     def _window(self, moment: str) -> set[int]:
         """Numbers of the chunks that the moment's region reads, and of those gathered ahead of the next."""
-        run, layers = self._run, self._run.shape.layers
+        run = self._run
         head = run.chunks.of(["transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"])
-        of_block = [run.chunks.of([f"transformer.h.{block}.ln_1.weight", f"transformer.h.{block}.mlp.c_proj.weight"]) for block in run.blocks[-4:]]
+        of_block = [
+            run.chunks.of([f"transformer.h.{block}.ln_1.weight", f"transformer.h.{block}.mlp.c_proj.weight"])
+            for block in run.blocks[-4:]
+        ]
         ahead = run.config.max_prefetch
         if moment in ("loss", "loss backward"):
             mine, upcoming = set(head), of_block[::-1]
@@ -334,7 +339,5 @@ class _Moment:
         window = self._window(moment)
         if moment == "end of backward":
             return 0
-        here = [
-            number for number in run.chunks.offloaded if number not in run.chunks.waiting or number in window
-        ]
+        here = [number for number in run.chunks.offloaded if number not in run.chunks.waiting or number in window]
         return sum(run.item * (cuts[number].size // zero_size) for number in here)

@@ -1,0 +1,138 @@
+"""Before any model is built: whether the run fits into the memory that is really free, and what would."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from commons.cli import flags
+from commons.cli.planning import settings_of
+from commons.config.resolved import ResolvedConfig
+from commons.config.schema import TrainConfig
+from commons.lifecycle.guard import WATCH_VARIABLE
+from commons.lifecycle.job import JobPlace, read_job
+from commons.lifecycle.outcome import DOES_NOT_FIT, FINISHED, Ended
+
+if TYPE_CHECKING:
+    from commons.distributed.device import Device
+    from commons.planner.fit import Proposal, Short
+    from commons.planner.memory import Forecast
+    from commons.planner.room import Room
+
+PROPOSAL_SECONDS = 30.0  # for the search of what fits
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+
+
+def preflight(config: ResolvedConfig, here: Device) -> Ended:
+    """Hold the run against the free memory of every rank's device and machine (collective).
+
+    Returns:
+        How the run ends at once where it does not fit, the same on every rank; FINISHED where it does.
+    """
+    from commons.distributed.process_group import every_rank, first_rank_s
+    from commons.planner.room import find_room
+
+    if config.no_preflight:
+        return FINISHED
+    job = read_job()
+    room = find_room(config.device == "cuda", here.local_rank, job.rank // job.local_world_size)
+    lacking = lacks(config, job, room)
+    if every_rank(not lacking, here.torch_device):
+        return FINISHED
+    rooms, found = _everyone((room, lacking))
+    text = refusal(config, job, rooms, found) if here.rank == 0 else ""
+    return Ended("does not fit", first_rank_s(text), DOES_NOT_FIT)
+
+
+def lacks(config: ResolvedConfig, job: JobPlace, room: Room) -> list[Short]:
+    """What the run lacks where this rank is; a guess that is high and quick settles most launches."""
+    from commons.planner.fit import shortages
+
+    for rough in (True, False):
+        found = shortages(_forecast(config, job, room, rough), room, job.local_rank)
+        if not found:
+            break
+    return found
+
+
+def _forecast(config: ResolvedConfig, job: JobPlace, room: Room, rough: bool) -> Forecast:
+    from commons.planner.memory import forecast
+
+    return forecast(config, job.world_size, job.local_world_size, room.gpu, rough=rough)
+
+
+def _everyone(own: tuple[Room, list[Short]]) -> tuple[list[Room], list[Short]]:
+    """Every rank's room and what is lacking anywhere (collective)."""
+    import torch.distributed as dist
+
+    all_of_them: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, own)
+    return [room for room, _ in all_of_them], [short for _, lacking in all_of_them for short in lacking]
+
+
+def refusal(config: ResolvedConfig, job: JobPlace, rooms: Sequence[Room], lacking: Iterable[Short]) -> str:
+    """What is told of a run that does not fit: what is short where, and complete commands that fit."""
+    short = [f"  - {line}" for line in dict.fromkeys(map(str, lacking))]
+    lines = ["The run does not fit into the memory that is free here; no model was built:", *short]
+    fitting = [command(given_of(config) | dict(each.changed), job) for each in what_fits(config, job, rooms)]
+    if fitting:
+        lines += ["What fits, fastest first:", *(f"    {line}" for line in fitting)]
+    else:
+        lines += ["Nothing near it fits: use a smaller --model_type, or more GPUs or memory."]
+    return "\n".join([*lines, "--dry_run true shows the memory by kind; --no_preflight true starts anyway."])
+
+
+def what_fits(config: ResolvedConfig, job: JobPlace, rooms: Sequence[Room]) -> list[Proposal]:
+    """Up to three runs near this one; each of their commands is read again, planned again, and found to fit."""
+    from commons.planner.fit import proposals, shortages
+
+    given, end = given_of(config), time.monotonic() + PROPOSAL_SECONDS
+
+    def judged(changed: Mapping[str, Any]) -> ResolvedConfig | None:
+        if time.monotonic() > end:
+            return None
+        line = flags.read_flags(as_flags({**given, **changed}))
+        resolved, found = flags.judge(line, job.world_size, job.local_world_size)
+        return None if found else resolved
+
+    def fits(plan: Forecast) -> bool:
+        return not any(shortages(plan, room) for room in rooms)
+
+    smallest = min(rooms, key=lambda room: (room.gpu.capability if room.gpu else (0, 0), room.device or 0))
+    return proposals(config, job.world_size, judged, lambda asked, rough: _forecast(asked, job, smallest, rough), fits)
+
+
+def given_of(config: ResolvedConfig) -> dict[str, Any]:
+    """The settings that the user gave and that are not the defaults anyway, without those of one run alone."""
+    return {
+        name: value
+        for name, value in settings_of(config.as_dict()).items()
+        if config.asked(name) and value != DEFAULTS[name] and name not in ("run_name", "device")
+    }
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Words of a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command(settings: Mapping[str, Any], job: JobPlace) -> str:
+    """The complete command of such a run, started as this one was."""
+    words = shlex.join(as_flags(settings))
+    if WATCH_VARIABLE in os.environ:
+        start = f"GPUNUM={job.local_world_size} bash run_gemini.sh"
+        nodes = job.world_size // job.local_world_size
+        start = f"NNODES={nodes} {start}" if nodes > 1 else start
+    elif job.world_size > 1:
+        start = f"torchrun --nproc_per_node {job.local_world_size} train_gpt_demo.py"
+    else:
+        start = "python train_gpt_demo.py"
+    return f"{start} {words}".rstrip()
