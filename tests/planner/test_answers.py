@@ -29,7 +29,7 @@ def ask(*flags: str, ranks: int = 2) -> int:
         (("--plan_for", "8 x H100", "--tp_degree", "3"), "--tp_degree 3"),
         (("--plan_for", "8 x T4", "--distplan", "Pytorch_DDP", "--precision", "fp8"), "--precision fp8 needs a GPU"),
         (
-            (*["--plan_for", "H100", "--auto", "--distplan", "Pytorch_DDP", "--batch_size", "4"], "--activation_checkpointing", "off"),
+            ["--plan_for=H100", "--auto", "--distplan=Pytorch_DDP", "--batch_size=4", "--activation_checkpointing=off"],
             "--auto has nothing to choose, since everything is given",
         ),
         (("--plan_for", "2 x H100", "--auto", "--seq_len", "5000"), "1024 positions"),
