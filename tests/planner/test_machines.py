@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+
 import pytest
 
 from commons.config.schema import TrainConfig
+from commons.planner import gpu_probe
 from commons.planner.gpus import GIB, GPU_MODELS
 from commons.planner.machines import SPEEDS, USUAL_NODE_LINK, find_gpu, parse_machine, resolve_for, this_machine
+from commons.planner.room import Room
 from commons.reporting.peak_rates import peak_flops
 
 
@@ -89,3 +94,19 @@ def test_this_machine_without_a_gpu() -> None:
     machine = this_machine(1, 2, "cpu")
     assert machine.at_hand and machine.gpu is None and machine.device_type == "cpu" and machine.host_bytes
     assert machine.describe().startswith("2 x CPU rank")
+
+
+def test_gpus_are_asked_by_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: what a child would print is read back, and what it cannot do is told in a line."""
+    model = GPU_MODELS["H100-80GB"]
+    free = iter((70 * GIB, 60 * GIB))
+    room = Room(model, 0, 0, "", None, None)
+    printed = gpu_probe.told(2, lambda on_gpu, index: dataclasses.replace(room, device=next(free)))
+    child = subprocess.CompletedProcess([], 0, stdout=f"noise\n{printed}\n", stderr="")
+    monkeypatch.setattr(gpu_probe.subprocess, "run", lambda *arguments, **options: child)
+    machine = this_machine(1, 2, "cuda")
+    assert machine.gpu is not None and machine.gpu.name == model.name and machine.speeds == SPEEDS["H100-80GB"]
+    assert 60 * GIB < machine.gpu.memory_bytes < 61 * GIB, "the fuller one's, and a context"
+    child.returncode, child.stderr = 1, "Traceback\nRuntimeError: no driver"
+    with pytest.raises(RuntimeError, match="cannot be asked for their memory: RuntimeError: no driver"):
+        this_machine(1, 2, "cuda")
