@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from commons.config.resolved import ResolvedConfig
 from commons.planner.calibration import Calibration, default_for
 from commons.planner.gpus import GpuModel
-from commons.planner.states import Held, states
+from commons.planner.states import Held, model_parameters, states, zero_redundancy_parts
 from commons.planner.step import Run, phases
 
 # In the order in which tables show them.
@@ -115,9 +115,11 @@ def forecast(
 
 
 def _different_ranks(config: ResolvedConfig, world_size: int) -> Iterable[int]:
-    """Ranks among which is the one that takes most: one of each stage; all, where each has parameters of its own."""
+    """Ranks among which is the one that takes most: one of each stage; the one that updates most parameters."""
     if config.distplan == "Pytorch_ZeRO":
-        return range(world_size)
+        parts = zero_redundancy_parts(tuple(model_parameters(config.shape())), world_size)
+        sizes = [sum(parameter.elements for parameter in part) for part in parts]
+        return [sizes.index(max(sizes))]
     return [stage * config.tp_degree for stage in range(config.pp_degree)]
 
 

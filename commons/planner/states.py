@@ -4,6 +4,7 @@ by tensor, from the rules by which the plan itself cuts them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -263,7 +264,8 @@ def ddp(parameters: Sequence[Parameter], optimized: Iterable[Parameter]) -> list
     return held + adamw(parameter.elements for parameter in optimized)
 
 
-def zero_redundancy_parts(parameters: Sequence[Parameter], size: int) -> list[list[Parameter]]:
+@functools.lru_cache(maxsize=8)
+def zero_redundancy_parts(parameters: tuple[Parameter, ...], size: int) -> list[list[Parameter]]:
     """The parameters that each rank updates under torch's ZeroRedundancyOptimizer, by its own rule."""
     import torch
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -348,10 +350,14 @@ def hybrid(config: ResolvedConfig, world_size: int, rank: int) -> list[Held]:
     return held
 
 
+def _zero_redundancy(parameters: Sequence[Parameter], _: ResolvedConfig, size: int, rank: int) -> list[Held]:
+    return ddp(parameters, zero_redundancy_parts(tuple(parameters), size)[rank])
+
+
 OTHERS: dict[str, Callable[[Sequence[Parameter], ResolvedConfig, int, int], list[Held]]] = {
     "CAI_ZeRO1": lambda parameters, config, size, _: low_level_zero(parameters, config.precision, size),
     "CAI_ZeRO2": lambda parameters, config, size, _: low_level_zero(parameters, config.precision, size),
     "Pytorch_DDP": lambda parameters, *_: ddp(parameters, parameters),
-    "Pytorch_ZeRO": lambda parameters, _, size, rank: ddp(parameters, zero_redundancy_parts(parameters, size)[rank]),
+    "Pytorch_ZeRO": _zero_redundancy,
     "Pytorch_FSDP": lambda parameters, _, size, rank: fully_sharded(parameters, size, rank),
 }

@@ -107,7 +107,7 @@ def cut_into_chunks(elements: Sequence[int], chunk_size: int, zero_size: int) ->
 
 
 def first_that_fit(items: Sequence[Item], sizes: Sequence[int], room: float) -> list[Item]:
-    """Items while they fit into what is left of ``room``, in the unit of their ``sizes``; larger ones are passed over."""
+    """Items while they fit into what is left of ``room``, in the unit of ``sizes``; larger ones are passed over."""
     fitting, left = [], room
     for item, size in zip(items, sizes, strict=True):
         if size <= left + 0.5:
