@@ -238,7 +238,7 @@ def wrong_slurm_job(words: Sequence[str], variables: Mapping[str, str]) -> list[
 
 
 def wrong_benchmark(module: str, arguments: Sequence[str]) -> list[str]:
-    """Its flags are in its --help; what benchmarks.sweep takes besides are flags of a training, and its sweep exists."""
+    """Its flags are in its --help; benchmarks.sweep takes those of a training too, and its sweep exists."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
