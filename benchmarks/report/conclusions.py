@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from benchmarks.report.cells import UNCHECKED, Cell, by
 from benchmarks.report.difference import CONFIDENCE, Difference, compare
