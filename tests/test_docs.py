@@ -18,6 +18,7 @@ from suite_runs import launch
 from benchmarks.images import PANELS, RESULTS
 from benchmarks.speed import COLUMNS
 from benchmarks.speed import SETS as SPEED_SETS
+from benchmarks.sweep.grid import ready_made
 from commons.cli.checks import problems
 from commons.cli.flags import DOCTOR_FLAGS, read_request
 from commons.cli.variables import FLAG_VARIABLES
@@ -198,6 +199,8 @@ def wrong_with(command: str) -> list[str]:
             return []
         case ["cd", folder]:
             return [] if (REPOSITORY / folder).is_dir() else [f"no folder {folder}"]
+        case ["bash", "benchmark_gemini.sh", *arguments]:
+            return wrong_benchmark("benchmarks.sweep", arguments)
         case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
             return wrong_benchmark(module, arguments)
     return [f"nobody judges {command!r}: add it to wrong_with"]
@@ -238,13 +241,18 @@ def wrong_slurm_job(words: Sequence[str], variables: Mapping[str, str]) -> list[
 
 
 def wrong_benchmark(module: str, arguments: Sequence[str]) -> list[str]:
-    """Its flags are in its --help; a set of benchmarks.speed exists."""
+    """Its flags are in its --help; benchmarks.sweep takes those of a training too, and its sweep exists."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     if done.returncode:
         return [f"python -m {module} --help: {done.stderr}"]
-    found = unknown(arguments, set(re.findall(r"--[\w-]+", done.stdout)))
+    known = set(re.findall(r"--[\w-]+", done.stdout))
+    if module == "benchmarks.sweep":
+        known |= {f"--{name}" for name in TrainConfig().as_dict()}
+    found = unknown(arguments, known)
+    if module == "benchmarks.sweep" and arguments and not arguments[0].startswith("-"):
+        found += [] if arguments[0] in ready_made() else [f"no sweep {arguments[0]}"]
     if module == "benchmarks.speed" and arguments and not arguments[0].startswith("-"):
         found += [] if arguments[0] in SPEED_SETS else [f"no set {arguments[0]}"]
     return found
@@ -280,6 +288,8 @@ def test_commands_work(page: str, command: str) -> None:
         ("bash run_tests.sh --smok", "--smok"),
         ("bash run_tests.sh --mutate shedule", "shedule"),
         ("python -m benchmarks.speed plains", "plains"),
+        ("python -m benchmarks.sweep plains", "plains"),
+        ("bash benchmark_gemini.sh quick --no_such_flag 1", "--no_such_flag"),
         ("python -m benchmarks.parity --to my_parity", "--to"),
         ("python -m benchmarks.nothing", "benchmarks.nothing"),
         ("cd nowhere", "nowhere"),
@@ -333,7 +343,7 @@ def test_every_page_is_linked() -> None:
 
 
 # Not flags of a training.
-OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list", "mutate"}
+OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list", "mutate", "only", "out", "retry"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/troubleshooting.md"])

@@ -59,7 +59,7 @@ def breaches(module: str, source: str) -> list[str]:
 
 def modules() -> dict[str, Path]:
     """The suite's own modules by dotted name, without tests."""
-    files = [*REPOSITORY.glob("commons/**/*.py"), *REPOSITORY.glob("benchmarks/*.py"), *REPOSITORY.glob("*.py")]
+    files = [*REPOSITORY.glob("commons/**/*.py"), *REPOSITORY.glob("benchmarks/**/*.py"), *REPOSITORY.glob("*.py")]
     return {
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in files
     }
