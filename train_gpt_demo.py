@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 
 from commons.cli.flags import read_config
+from commons.cli.less_memory import with_advice
 from commons.cli.preflight import preflight
 from commons.config.resolved import ResolvedConfig
 from commons.distributed import process_group
@@ -24,7 +26,7 @@ from commons.lifecycle.guard import Guard, on_duty
 from commons.lifecycle.heartbeat import group_timeout_seconds
 from commons.reporting.noise import quiet_libraries
 from commons.reporting.run_folder import with_own_folder
-from commons.reporting.run_log import open_log
+from commons.reporting.run_log import open_log, summary_in_any_case
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
         config = read_config(argv, os.environ)
         quiet_libraries()
         guard.beat("join")
-        guard.timeout_seconds = config.timeout
+        guard.timeout_seconds, guard.advise = config.timeout, partial(with_advice, config)
         here = process_group.launch(config.device, group_timeout_seconds(config.timeout))
         guard.ended = preflight(config, here)
         if not guard.finished:
@@ -52,14 +54,16 @@ def train(config: ResolvedConfig, here: Device, guard: Guard) -> None:
 
     if config.check_parity:
         config = with_known_norms(config)
-    guard.beat("build")
-    session = build_session(config, here)
+    with summary_in_any_case(config, guard):
+        guard.beat("build")
+        session = build_session(config, here)
     with open_log(session.settled_config(0), session.header(), guard) as log:
         for record in train_steps(session, guard):
             log.add(record)
             log.settle(session.settled_config(record.step))
         log.finish(guard.ended)
     if config.check_parity and guard.finished:
+        guard.beat("parity")
         guard.ended = check_parity(session, log.records)
 
 

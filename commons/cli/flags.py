@@ -25,6 +25,7 @@ from commons.config.schema import FLAG_GROUPS, TrainConfig
 from commons.doctor.failure import DOCTOR
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace, read_job
+from commons.lifecycle.standard_streams import quiet_without_reader
 
 if TYPE_CHECKING:
     from commons.config.resolved import ResolvedConfig
@@ -284,7 +285,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     speaks = job.rank == 0 or bool(job.problems)  # ranks that are not one job do not know who tells
     if wants_doctor(argv) or wants_help(argv):
         if speaks:
-            _tell_instead(argv)
+            with quiet_without_reader():
+                _tell_instead(argv)
         sys.exit(0)
     request = read_request(argv, environ or {})
     if planning.wants_answer(request.line.given):

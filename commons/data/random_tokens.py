@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from commons.data.seeds import folded
+
 
 def random_tokens(
     *, batch_size: int, seq_len: int, vocab: int, seed: int, data_parallel_rank: int, device: torch.device
@@ -24,7 +26,7 @@ def random_tokens(
     Yields:
         int64 tensors of shape ``(batch_size, seq_len)`` on ``device``.
     """
-    generator = torch.Generator().manual_seed(seed + data_parallel_rank)
+    generator = torch.Generator().manual_seed(folded(seed) + data_parallel_rank)
     while True:
         tokens = torch.randint(vocab, (batch_size, seq_len), generator=generator)
         if device.type == "cuda":

@@ -12,13 +12,13 @@ if not __package__:  # started by the folder's path: the suite's own code goes b
 
 def run():
     from commons.doctor.command import main
+    from commons.lifecycle.standard_streams import quiet_without_reader
 
     try:
-        return main()
+        with quiet_without_reader():
+            return main()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # piped into head
-        return 1
 
 
 if __name__ == "__main__":

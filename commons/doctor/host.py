@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from commons.doctor.findings import Finding, ok, warning
 from commons.doctor.machine import Machine
+from commons.lifecycle import host_memory
+from commons.lifecycle.host_memory import GIB, ControlGroup
 
-GIB = 1 << 30
 # gpt2_medium with all offloaded: 355 M parameters of 16 bytes (weights, gradients, Adam's states), and Python
 COMFORTABLE_MEMORY_BYTES = 8 * GIB
 COMFORTABLE_SHM_BYTES = 1 * GIB
 WORTHWHILE = 1.1  # a limit raised by less is not worth a new start
-UNLIMITED = 1 << 60  # control groups of version 1 print a number near 2^63
-# version of control groups -> its files: the limit, what is used, the counters
-MEMORY_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
-    2: ("memory.max", "memory.current", "memory.events"),
-}
 
 
 def gib(value: float) -> str:
@@ -30,52 +23,8 @@ def gib(value: float) -> str:
 # --- control groups
 
 
-@dataclass(frozen=True)
-class ControlGroup:
-    """The tightest memory limit on the way from this process's control group to the root; None is unlimited.
-
-    limit_file: where that limit stands; used_bytes: of its group; oom_kills: in this process's own group.
-    """
-
-    version: int
-    limit_bytes: int | None = None
-    limit_file: str = ""
-    used_bytes: int = 0
-    oom_kills: int = 0
-
-
 def control_group(machine: Machine) -> ControlGroup | None:
-    """https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html for version 1."""
-    rows = [line.split(":", 2) for line in (machine.read("/proc/self/cgroup") or "").splitlines()]
-    paths = {name: row[2] for row in rows if len(row) == 3 for name in row[1].split(",")}
-    if machine.exists("/sys/fs/cgroup/cgroup.controllers"):
-        return read_group(machine, 2, folders("/sys/fs/cgroup", paths.get("", "/")))
-    if "memory" in paths:
-        return read_group(machine, 1, folders("/sys/fs/cgroup/memory", paths["memory"]))
-    return None
-
-
-def folders(mount: str, path: str) -> list[str]:
-    """The group's folder and those above it. In a container the path may be the host's: its own group is the root."""
-    parts = [part for part in path.split("/") if part and part != ".."]
-    return [mount + "".join(f"/{part}" for part in parts[:depth]) for depth in range(len(parts), -1, -1)]
-
-
-def read_group(machine: Machine, version: int, places: list[str]) -> ControlGroup:
-    limit_name, used_name, counters = MEMORY_FILES[version]
-    limits = {place: read_number(machine, f"{place}/{limit_name}") for place in places}
-    kills = re.search(r"^oom_kill (\d+)$", machine.read(f"{places[0]}/{counters}") or "", re.MULTILINE)
-    oom_kills = int(kills[1]) if kills else 0
-    limit, place = min(((limit, place) for place, limit in limits.items() if limit is not None), default=(None, ""))
-    if limit is None:
-        return ControlGroup(version, oom_kills=oom_kills)
-    used = read_number(machine, f"{place}/{used_name}") or 0
-    return ControlGroup(version, limit, f"{place}/{limit_name}", used, oom_kills)
-
-
-def read_number(machine: Machine, path: str) -> int | None:
-    text = (machine.read(path) or "").strip()
-    return int(text) if text.isdecimal() and int(text) < UNLIMITED else None
+    return host_memory.control_group(machine.read)
 
 
 def cgroup(machine: Machine) -> Iterator[Finding]:
@@ -102,8 +51,7 @@ def cgroup(machine: Machine) -> Iterator[Finding]:
 
 def memory_sizes(machine: Machine) -> dict[str, int]:
     """/proc/meminfo, in bytes; in a container that of its host."""
-    rows = re.findall(r"^(\w+):\s+(\d+) kB", machine.read("/proc/meminfo") or "", re.MULTILINE)
-    return {name: int(value) * 1024 for name, value in rows}
+    return host_memory.memory_sizes(machine.read)
 
 
 def memory(machine: Machine) -> Iterator[Finding]:

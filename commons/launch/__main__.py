@@ -1,7 +1,6 @@
 """The launcher's address: `python -m commons.launch`, or from any folder `python .../commons/launch`."""
 
 import os
-import signal
 import sys
 
 if not __package__:  # started by the folder's path: the suite's own code goes before whatever else has its names
@@ -11,20 +10,15 @@ if not __package__:  # started by the folder's path: the suite's own code goes b
 def run() -> int:
     from commons.doctor import explain_uncaught
     from commons.lifecycle.caches import settle_caches
-    from commons.lifecycle.standard_streams import open_missing_streams
+    from commons.lifecycle.standard_streams import open_missing_streams, quiet_without_reader
 
     open_missing_streams()
     settle_caches()
     explain_uncaught()
     from commons.launch.launcher import main
 
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # piped into head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    with quiet_without_reader():
+        return main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from commons.cli.flags import (
     wants_doctor,
     wants_help,
 )
+from commons.cli.less_memory import Start, with_advice
 from commons.cli.machine import no_gpu_notice
 from commons.cli.variables import name_variables
 from commons.config.resolved import ResolvedConfig
@@ -41,7 +42,9 @@ from commons.launch.lifeline import Lifeline
 from commons.launch.nodes import DEFAULT_PORT, MeetingError, Nodes, interface_to_the_others, meet
 from commons.launch.stop_signals import Stopped, StopSignals
 from commons.lifecycle.guard import WATCH_VARIABLE
-from commons.lifecycle.outcome import FAILURE, Ended, read_note, stopped_by
+from commons.lifecycle.host_memory import oom_kills
+from commons.lifecycle.memory_shortage import killed_shortage
+from commons.lifecycle.outcome import FAILURE, OUT_OF_MEMORY, Ended, end_of_note, read_note, stopped_by
 from commons.reporting.run_folder import FolderInUse, claim_folder
 from commons.reporting.writing import write_json
 
@@ -314,7 +317,7 @@ def run_ranks(launch: Launch, store: TCPStore, script: Path, stop: StopSignals) 
                     stop,
                     watch=watch,
                     begin=course.begin,
-                    is_final=is_final,
+                    is_final=course.is_final,
                     on_restart=course.report_restart,
                 )
             except (ChildFailedError, SignalException, RuntimeError) as error:
@@ -336,6 +339,7 @@ class Course:
 
     def __init__(self, launch: Launch, watch: Watch) -> None:
         self._config, self._nodes, self.watch = launch.config, launch.nodes, watch
+        self._oom_kills = oom_kills()
 
     def begin(self, attempt: int) -> None:
         from commons.reporting.run_log import begin_attempt
@@ -346,11 +350,53 @@ class Course:
             begin_attempt(self._config.run_dir, attempt)
 
     def report_restart(self, failures: Mapping[int, ProcessFailure], attempt: int) -> None:
-        lines, ended = failure_lines(failures, self._nodes, self.watch.verdict)
+        lines, ended = self.tell(failures)
         self.conclude(ended, replace=True)
         allowed = self._config.max_restarts + 1
         lines.append(f"Attempt {attempt} of {allowed} begins: all ranks start again, from the first step.")
         print("", *lines, sep="\n", file=sys.stderr, flush=True)
+
+    def is_final(self, failures: Mapping[int, ProcessFailure]) -> bool:
+        """Whether ranks that failed so would fail again; a lack of memory is told to the other machines at once."""
+        if (ended := self._out_of_memory(failures)) is not None:
+            if self.watch.elsewhere is None:
+                self.watch.tell_others(ended)
+            return True
+        return is_final(failures)
+
+    def tell(self, failures: Mapping[int, ProcessFailure]) -> tuple[list[str], Ended]:
+        """failure_lines(), with what is known here beyond what the ranks have left."""
+        ended = self._out_of_memory(failures)
+        known = self.watch.verdict or read_note(root_cause(failures)[1].message)
+        if ended is None and not known and self._nodes.count > 1:
+            ended = self.watch.look_elsewhere(wait=True)  # what these ranks may have failed for
+        if ended is None:
+            return failure_lines(failures, self._nodes, self.watch.verdict)
+        ended, advice = with_advice(self._config, ended, self._start())
+        lines = [ended.why, *advice, self._where_the_traceback_is(failures)]
+        return [line for line in lines if line], ended
+
+    def _out_of_memory(self, failures: Mapping[int, ProcessFailure]) -> Ended | None:
+        """The end of a run of which a rank has left word that it is out of memory, here or on another machine, or was
+        killed for it: by SIGKILL, while the kernel counted such a kill.
+        """
+        if self.watch.elsewhere is not None:
+            return self.watch.elsewhere
+        rank, failure = root_cause(failures)
+        if note := read_note(failure.message):
+            return note if note.how == OUT_OF_MEMORY else None
+        if self.watch.verdict or failure.exitcode != -signal.SIGKILL or oom_kills() <= self._oom_kills:
+            return None
+        lack = killed_shortage(rank, self.watch.beat(rank), self.watch.resident_bytes(rank))
+        return lack.ended(self._nodes.world_size)
+
+    def _where_the_traceback_is(self, failures: Mapping[int, ProcessFailure]) -> str:
+        return end_of_note(root_cause(failures)[1].message) if self.watch.elsewhere is None else ""
+
+    def _start(self) -> Start:
+        ranks = os.environ.get("GPUNUM")
+        command = f"GPUNUM={ranks} bash {PROG}" if ranks else f"bash {PROG}"
+        return Start(command, self._nodes.world_size, self._nodes.ranks_per_node)
 
     def report_signal(self, signum: int) -> int:
         done = self.conclude(stopped_by(signum, 0, self._config.train_step), replace=False)
@@ -402,8 +448,8 @@ def _report_failure(error: ChildFailedError, nodes: Nodes, course: Course) -> in
     _, failure = root_cause(error.failures)
     if failure.exitcode == CONFIG_ERROR and not os.path.isfile(failure.error_file):
         return CONFIG_ERROR  # rank 0 has told the problems
-    lines, ended = failure_lines(error.failures, nodes, course.watch.verdict)
-    course.conclude(ended, replace=read_note(failure.message) is None)
+    lines, ended = course.tell(error.failures)
+    course.conclude(ended, replace=ended.how == OUT_OF_MEMORY or read_note(failure.message) is None)
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
     if ended.how == "failed" and read_note(failure.message) is None:
         causes = _causes(failure, lines)

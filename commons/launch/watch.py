@@ -16,6 +16,7 @@ import json
 import linecache
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 from commons.launch.nodes import Nodes, in_time
 from commons.lifecycle.guard import WATCH_VARIABLE, pulse_path, stack_path
 from commons.lifecycle.heartbeat import Beat, patience_seconds, read_pulse
+from commons.lifecycle.outcome import Ended
 from commons.lifecycle.suite_root import SUITE_ROOT
 
 if TYPE_CHECKING:
@@ -119,10 +121,13 @@ class Watch:
     Attributes:
         attempt: the ranks' number of starts.
         verdict: lines about the rank that hung, once one did.
+        elsewhere: how the run ended on another machine, once it has run out of memory there.
     """
 
     def __init__(self, folder: Path, nodes: Nodes, timeout_seconds: float, store: TCPStore) -> None:
         self.folder, self.attempt, self.verdict = folder, 1, []
+        self.elsewhere: Ended | None = None
+        self._resident: dict[int, int] = {}
         self._nodes, self._timeout, self._store = nodes, timeout_seconds, store
         self._pids: dict[int, int] = {}
         self._store_is_lost = False
@@ -130,7 +135,7 @@ class Watch:
 
     def begin(self, attempt: int) -> None:
         """Ranks are about to start."""
-        self.attempt, self.verdict, self._pids = attempt, [], {}
+        self.attempt, self.verdict, self._pids, self._resident = attempt, [], {}, {}
         self._began = self._last_look = self._awake_since = time.monotonic()
 
     def started(self, pids: Mapping[int, int]) -> None:
@@ -145,12 +150,19 @@ class Watch:
         if now - self._last_look > 10 * LOOK_SECONDS:
             self._awake_since = now  # this process was stopped, so the ranks may have been too
         self._last_look = now
-        beats = [self._beat(rank) for rank in self._pids]
+        self._resident |= {rank: size for rank, pid in self._pids.items() if (size := resident_bytes(pid))}
+        if self._ended_elsewhere():
+            return
+        beats = [self.beat(rank) for rank in self._pids]
         latest = max(beats, key=lambda beat: beat.seconds)
         quiet = now - max(latest.seconds, self._awake_since)
         patience = max(patience_seconds(self._timeout, beat) for beat in beats)
         if quiet >= patience or self._asked_by_another_node():
             self._judge(self._sightings(), quiet)
+
+    def resident_bytes(self, rank: int) -> int | None:
+        """Of a rank of this machine when it was looked at last."""
+        return self._resident.get(rank)
 
     def unheard(self) -> list[int]:
         """Processes of ranks that do not listen yet: they are still importing."""
@@ -169,12 +181,13 @@ class Watch:
     def _pulse(self, rank: int) -> Path:
         return pulse_path(self.folder, self.attempt, rank)
 
-    def _beat(self, rank: int) -> Beat:
+    def beat(self, rank: int) -> Beat:
+        """The last of a rank of this machine, which may have ended."""
         return read_pulse(self._pulse(rank)) or Beat(0, 0, "start", self._began)
 
     def _sightings(self) -> list[Sighting]:
         states = {rank: process_state(pid) for rank, pid in self._pids.items()}
-        beats = {rank: self._beat(rank) for rank in self._pids}
+        beats = {rank: self.beat(rank) for rank in self._pids}
         stacks = self._stacks(states)
         mine = []
         for rank, pid in self._pids.items():
@@ -232,6 +245,30 @@ class Watch:
 
     def _asked_by_another_node(self) -> bool:
         return self._ask_store(lambda: self._store.check([f"{self._key}/asked"]), False)
+
+    def tell_others(self, ended: Ended) -> None:
+        """The run is over here: the other machines need not find out by themselves."""
+        self._ask_store(lambda: self._store.set(f"{self._key}/ended", json.dumps(dataclasses.asdict(ended))), None)
+
+    def look_elsewhere(self, *, wait: bool = False) -> Ended | None:
+        """How the run ended on another machine, if that has told so; ``wait``: or tells within OTHER_NODES_SECONDS."""
+        key, deadline = f"{self._key}/ended", time.monotonic() + wait * OTHER_NODES_SECONDS
+        while self.elsewhere is None:
+            if self._ask_store(lambda: self._store.check([key]), False):
+                told = self._ask_store(lambda: self._store.get(key), b"")
+                self.elsewhere = Ended(**json.loads(told)) if told else None
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        return self.elsewhere
+
+    def _ended_elsewhere(self) -> bool:
+        """Whether the run is over on another machine; then this one's ranks are asked to end."""
+        if self.elsewhere is None and self.look_elsewhere() is not None:
+            for pid in self._pids.values():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGTERM)
+        return self.elsewhere is not None
 
     def _compare(self, mine: list[Sighting]) -> list[Sighting]:
         """What all launchers see, of those that answer in time."""
@@ -298,6 +335,14 @@ def _signal_main_thread(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     else:
         tgkill(pid, pid, signum)
+
+
+def resident_bytes(pid: int) -> int:
+    """A process's resident set; 0 for one that is not there."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
 
 
 def process_state(pid: int) -> str:

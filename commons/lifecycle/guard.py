@@ -24,8 +24,10 @@ from typing import NoReturn
 from commons.lifecycle import leaving
 from commons.lifecycle.heartbeat import MOST_MARGIN_SECONDS, Pulse, patience_seconds
 from commons.lifecycle.job import read_job
+from commons.lifecycle.memory_shortage import shortage
 from commons.lifecycle.outcome import (
     FINISHED,
+    OUT_OF_MEMORY,
     STOP_SIGNALS,
     Ended,
     RunError,
@@ -35,6 +37,7 @@ from commons.lifecycle.outcome import (
 from commons.lifecycle.standard_streams import open_missing_streams
 
 WATCH_VARIABLE = "GEMINI_WATCH"  # the folder in which the launcher reads the ranks' pulses
+TRACEBACK_FILE = "traceback.txt"
 GRACE_SECONDS = 4.0  # for the step at hand; the launcher kills after 6, and 10 is what a user is promised
 PEER_SECONDS = 3.0  # in which torchrun's engine tells a rank whose peer has gone
 
@@ -46,15 +49,22 @@ class Guard:
         watched: a launcher reads this rank's pulse.
         signum: of the first stop signal that came, 0 before.
         ended: how the run ends, once that is known.
-        last_words: called in the guard's thread when the process must end now; writes what there is.
+        last_words: called when the process must end now, in any thread; writes what there is.
+        advise: adds to the end of a run that is out of memory what else summary.json is to have, and lines for the
+            user.
+        folder: the run's, where the traceback of such a run is kept; None where it is not known yet.
     """
 
     def __init__(self, pulse: Pulse | None = None, watched: bool = False) -> None:
-        self.rank = read_job().rank
+        job = read_job()
+        self.rank, self._world_size = job.rank, job.world_size
         self.watched = watched
         self.signum = 0
         self.ended = FINISHED
         self.last_words: Callable[[Ended], None] | None = None
+        self.advise: Callable[[Ended], tuple[Ended, list[str]]] = lambda ended: (ended, [])
+        self.folder: Path | None = None
+        self._advice: list[str] = []
         self.timeout_seconds = float("inf")
         self.steps = self.steps_done = 0
         self._pulse = pulse or Pulse()
@@ -112,6 +122,13 @@ class Guard:
         """How the run ends with ``error``: after a signal an error is only its consequence."""
         if self.signum:
             return stopped_by(self.signum, self.steps_done, self.steps)
+        if self.ended.how == OUT_OF_MEMORY:  # looked at where it came, before anything was freed
+            return self.ended
+        if lack := shortage(error, self.rank, self._pulse.last):
+            self.ended = lack.ended(self._world_size)
+            with contextlib.suppress(Exception):  # where memory is short, anything may fail
+                self.ended, self._advice = self.advise(self.ended)
+            return self.ended
         text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         return Ended("failed", text.strip())
 
@@ -121,12 +138,39 @@ class Guard:
             self._say_unless_watched(str(error))
             leave_note(Ended("failed", str(error), error.exit_code))
             os._exit(error.exit_code)
+        if (ended := self.why_failed(error)).how == OUT_OF_MEMORY:
+            self._end_out_of_memory(error, ended)
         if leaving.is_loss_of_a_peer(error):
             # the peer's own end is the one to be told of: this one was only waiting for it
             self._heard.wait(PEER_SECONDS)
         if self.signum:
             os._exit(128 + self.signum)
         record_exception(error)
+
+    def _end_out_of_memory(self, error: BaseException, ended: Ended) -> NoReturn:
+        """With a sentence instead of the traceback, which is kept in the run's folder. Where several ranks ran out, the
+        first to write that file tells.
+        """
+        where, is_first = self._keep_traceback(error)
+        if is_first:
+            self._say_unless_watched("\n".join([ended.why, *self._advice, where]))
+        leave_note(ended, where)
+        os._exit(ended.exit_code)
+
+    def _keep_traceback(self, error: BaseException) -> tuple[str, bool]:
+        """What is to be said of where it is, or itself where it cannot be kept; whether no other rank has kept its."""
+        text = "".join(traceback.format_exception(error)).rstrip()
+        if self.folder is None:
+            return text, True
+        path = self.folder / TRACEBACK_FILE
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(f"Rank {self.rank} of {self._world_size}\n{text}\n")
+        except FileExistsError:
+            return traceback_line(path), False
+        except OSError:
+            return text, True
+        return traceback_line(path), True
 
     def _hurry(self) -> None:
         """From here on the process has GRACE_SECONDS to end."""
@@ -217,6 +261,10 @@ class Guard:
             if ident != threading.get_ident():
                 yield f'Thread "{names.get(ident, ident)}":\n'
                 yield from traceback.format_stack(frame)
+
+
+def traceback_line(path: Path) -> str:
+    return f"The traceback is in {path}."
 
 
 def pulse_path(folder: Path, attempt: int, rank: int) -> Path:

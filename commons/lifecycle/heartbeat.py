@@ -25,9 +25,11 @@ RUN_PHASES = {
     "record": "gathering what the ranks saw",
     "evaluate": "evaluating on held-out data",
     "log": "writing the logs",
+    "parity": "training the reference (--check_parity)",
     "end": "the end of the run",
 }
 NAMES = tuple(RUN_PHASES)
+AFTER_THE_STEPS = ("parity", "end")
 LAYOUT = struct.Struct("<qqqd")  # beats, step, phase, seconds on the monotonic clock, which all processes share
 
 START_SECONDS = 120.0  # least for imports, the model and a first step, which compiles, whatever --timeout is
@@ -51,7 +53,7 @@ class Beat:
 
     def where(self) -> str:
         words = RUN_PHASES[self.phase]
-        return f"step {self.step}, {words}" if self.step and self.phase != "end" else words
+        return f"step {self.step}, {words}" if self.step and self.phase not in AFTER_THE_STEPS else words
 
 
 class Pulse:

@@ -1,9 +1,14 @@
-"""Standard input, output and error of a process that was started without them (``>&-``)."""
+"""Standard input, output and error: of a process that was started without them (``>&-``), and of one whose reader has
+gone (``| head``).
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def open_missing_streams() -> None:
@@ -24,3 +29,16 @@ def open_missing_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+@contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """A process whose work is to print ends here, with the code of a program that SIGPIPE ended, once nobody reads any
+    more. Python would say so at the exit, where nothing can be done about it.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)

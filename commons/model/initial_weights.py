@@ -10,6 +10,8 @@ import zlib
 import torch
 from torch import nn
 
+from commons.data.seeds import folded
+
 INIT_STD = 0.02
 
 
@@ -38,7 +40,7 @@ def seeded_init_(model: nn.Module, seed: int, device: torch.device, round_to: to
             elif ".ln_" in name:
                 param.fill_(1.0)
             else:
-                generator = torch.Generator(device=device).manual_seed(seed ^ zlib.crc32(name.encode()))
+                generator = torch.Generator(device=device).manual_seed(folded(seed) ^ zlib.crc32(name.encode()))
                 param.normal_(0.0, residual_std if name.endswith("c_proj.weight") else INIT_STD, generator=generator)
                 if round_to is not None:
                     param.copy_(param.to(round_to))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from commons.config.resolved import ResolvedConfig
-from commons.lifecycle.guard import Guard
+from commons.lifecycle.guard import TRACEBACK_FILE, Guard
 from commons.lifecycle.job import read_job
-from commons.lifecycle.outcome import Ended
+from commons.lifecycle.outcome import OUT_OF_MEMORY, Ended
 from commons.reporting.header import RunHeader
 from commons.reporting.record import StepRecord
 from commons.reporting.sinks.registry import open_sinks
@@ -24,15 +24,15 @@ from commons.reporting.sinks.sink import Sink
 from commons.reporting.summary import summarize
 from commons.reporting.writing import write_json
 
-PER_ATTEMPT = ("metrics.jsonl", "summary.json")
+PER_ATTEMPT = ("metrics.jsonl", "summary.json", TRACEBACK_FILE)
 
 
 class RunLog:
     """The records of a run, on every rank; on rank 0 they go to the sinks too."""
 
-    def __init__(self, config: ResolvedConfig, sinks: Sequence[Sink]) -> None:
+    def __init__(self, config: ResolvedConfig, sinks: Sequence[Sink], is_rank_0: bool = True) -> None:
         self.records: list[StepRecord] = []
-        self._config, self._sinks = config, sinks
+        self._config, self._sinks, self._is_rank_0 = config, sinks, is_rank_0
         self._reporting = threading.Lock()
 
     def add(self, record: StepRecord) -> None:
@@ -54,9 +54,40 @@ class RunLog:
                 sink.report(summary)
 
     def break_off(self, ended: Ended) -> None:
-        """Write summary.json and nothing else, unless it is being written already; from any thread."""
-        if self._sinks and self._reporting.acquire(blocking=False):
+        """Write summary.json and nothing else, unless it is being written already; from any thread.
+
+        On rank 0, but for a rank that is out of memory, the first of which tells itself: the others lose it and know
+        less.
+        """
+        tells = self._is_rank_0 or ended.how == OUT_OF_MEMORY
+        if (
+            tells
+            and not _tells_of_memory(self._config.run_dir / "summary.json")
+            and self._reporting.acquire(blocking=False)
+        ):
             write_summary(self._config.run_dir, list(self.records), self._config, ended, read_job().attempt)
+
+
+def _tells_of_memory(path: Path) -> bool:
+    """Whether another rank has written there that it is out of memory."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))["ended"] == OUT_OF_MEMORY
+    return False
+
+
+@contextlib.contextmanager
+def summary_in_any_case(config: ResolvedConfig, guard: Guard) -> Iterator[None]:
+    """Around the building of the model: a run that ends there has a summary too, of no steps."""
+    if guard.rank == 0:
+        begin_attempt(config.run_dir, read_job().attempt)
+    log = RunLog(config, (), guard.rank == 0)
+    guard.folder, guard.last_words = config.run_dir, log.break_off
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            log.break_off(guard.why_failed(error))
+        raise
 
 
 @contextlib.contextmanager
@@ -64,10 +95,8 @@ def open_log(config: ResolvedConfig, header: RunHeader, guard: Guard) -> Iterato
     """The log of a run on the guard's rank, whose summary is written whatever happens inside: an exception, or a signal
     that cannot wait for the step to end.
     """
-    if guard.rank == 0:
-        begin_attempt(config.run_dir, read_job().attempt)
     with open_sinks(config, header, guard.rank) as sinks:
-        log = RunLog(config, sinks)
+        log = RunLog(config, sinks, guard.rank == 0)
         guard.last_words = log.break_off
         try:
             yield log
@@ -85,7 +114,8 @@ def begin_attempt(run_dir: Path, attempt: int) -> None:
     """
     with contextlib.suppress(OSError):
         if attempt == 1:
-            for path in [run_dir / name for name in PER_ATTEMPT] + list(run_dir.glob("*-attempt[0-9]*.json*")):
+            earlier = (path for kind in ("json*", "txt") for path in run_dir.glob(f"*-attempt[0-9]*.{kind}"))
+            for path in (*(run_dir / name for name in PER_ATTEMPT), *earlier):
                 path.unlink(missing_ok=True)
         for path in (run_dir / name for name in PER_ATTEMPT if attempt > 1):
             if path.exists():
@@ -113,9 +143,10 @@ def summary_of(records: Sequence[StepRecord], config: ResolvedConfig, ended: End
 
     Adds to commons.reporting.summary.summarize(): ``ended``, how (see commons.lifecycle.outcome);
     ``ended_because``, a sentence,
-    None where all steps are done; ``train_step``, the steps that were to be done; ``attempt``, from 1.
+    None where all steps are done; ``train_step``, the steps that were to be done; ``attempt``, from 1; and of a run
+    that ended out of memory ``out_of_memory`` (see commons.lifecycle.memory_shortage).
     """
-    end = {"ended": ended.how, "ended_because": ended.why or None, "train_step": config.train_step}
+    end = {"ended": ended.how, "ended_because": ended.why or None, **ended.details, "train_step": config.train_step}
     return {**end, "attempt": attempt, **summarize(records, config.warmup_step)}
 
 

@@ -39,8 +39,9 @@ def test_closed_streams(tmp_path: Path, program: str, closed: str) -> None:
     assert sum(line.strip().startswith(("1/2", "2/2")) for line in lines) == 2, "what was shown to nobody is kept"
 
 
-def test_a_reader_that_goes_ends_the_help_quietly(tmp_path: Path) -> None:
-    code, console = shell("bash $SUITE/run_gemini.sh --help | (exec <&-; sleep 20) ", tmp_path)
+@pytest.mark.parametrize("program", ["bash $SUITE/run_gemini.sh --help", "$PYTHON $SUITE/train_gpt_demo.py --help"])
+def test_a_reader_that_goes_ends_the_help_quietly(tmp_path: Path, program: str) -> None:
+    code, console = shell(f"{program} | (exec <&-; sleep 20) ", tmp_path)
     assert (code, console) == (141, "")
 
 
