@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("launch", "train_gpt_demo", "benchmarks"),
     ("cli",),
-    ("training",),
+    ("training", "checkpoint"),
     ("plans",),
     ("model",),
     ("distributed", "reporting"),

@@ -24,6 +24,7 @@ RUN_PHASES = {
     "optimizer": "the optimizer's step",
     "record": "gathering what the ranks saw",
     "log": "writing the logs",
+    "save": "saving a checkpoint",
     "end": "the end of the run",
 }
 NAMES = tuple(RUN_PHASES)

@@ -171,6 +171,7 @@ def reference_steps(
             vocab=config.shape().vocab,
             seed=config.seed,
             data_parallel_rank=rank,
+            data_parallel_size=data_parallel_size,
             device=device,
         )
         for rank in range(data_parallel_size)
