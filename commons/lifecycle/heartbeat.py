@@ -25,6 +25,7 @@ RUN_PHASES = {
     "record": "gathering what the ranks saw",
     "evaluate": "evaluating on held-out data",
     "log": "writing the logs",
+    "save": "saving a checkpoint",
     "end": "the end of the run",
 }
 NAMES = tuple(RUN_PHASES)

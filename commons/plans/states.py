@@ -77,6 +77,21 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        steps: done, of the whole training, skipped ones included.
+        samples: sequences that all ranks have taken, which is where the data go on.
+        skipped_steps: of the steps, those that fp16 left out.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Held:
     """A parameter's states as a plan holds them on this rank.
 
