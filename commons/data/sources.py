@@ -14,7 +14,8 @@ from commons.data.text import open_text
 class RandomTokens:
     """Uniformly random tokens, each sample drawn by the seed and its number."""
 
-    description, epoch_samples, held_out_samples = "", None, 0
+    description, held_out_samples = "", 0
+    epoch_samples: int | None = None
 
     def __init__(self, request: DataRequest) -> None:
         self._request = request

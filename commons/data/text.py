@@ -316,9 +316,10 @@ class TextBatches:
         self._seq_len, self._seed = request.seq_len, request.seed
         samples = len(self._stream) // request.seq_len
         self.held_out_samples = held_out_samples(samples, request.eval_fraction)
-        self.epoch_samples = samples - self.held_out_samples
+        self._samples = samples - self.held_out_samples
+        self.epoch_samples: int | None = self._samples
         facts = content_hashes([(file.path, file.offset) for file in prepared.files])
-        order = [request.seq_len, request.seed, self.epoch_samples, *facts]
+        order = [request.seq_len, request.seed, self._samples, *facts]
         self.fingerprint = hashlib.sha256(json.dumps(order).encode()).hexdigest()
         self.description = " · ".join(
             part
@@ -335,7 +336,7 @@ class TextBatches:
         first = start_sample + place.data_parallel_rank * place.batch_size
         while True:
             positions = np.arange(first, first + place.batch_size, dtype=np.int64)
-            yield self._read(samples_at(positions, self.epoch_samples, self._seed), place.device)
+            yield self._read(samples_at(positions, self._samples, self._seed), place.device)
             first += place.samples
 
     def held_out_batches(self, place: BatchPlace) -> Iterator[HeldOutBatch]:
@@ -353,7 +354,7 @@ class TextBatches:
             yield self._held_out(np.full(size, mine if counts else first), int(counts), place.device)
 
     def _held_out(self, indices: np.ndarray, samples: int, device: torch.device) -> HeldOutBatch:
-        return HeldOutBatch(self._read(self.epoch_samples + indices, device), samples)
+        return HeldOutBatch(self._read(self._samples + indices, device), samples)
 
     def _read(self, samples: np.ndarray, device: torch.device) -> torch.Tensor:
         tokens = np.empty((len(samples), self._seq_len), dtype=np.int64)

@@ -104,7 +104,8 @@ class BpeTokenizer:
         self.name, self.fingerprint, self.end_of_text = name, fingerprint, end_of_text
         # ids can have gaps
         self.vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        tokenizer.encode_special_tokens = True  # as the characters that they are
+        looks_special: Any = tokenizer
+        looks_special.encode_special_tokens = True  # as the characters that they are
         self._tokenizer = tokenizer
         # without the places of tokens in the text, where the library is new enough to leave them out
         self._encode_batch: Callable = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
@@ -188,7 +189,9 @@ def from_folder(folder: Path) -> TextTokenizer:
     """
     files, name = _files_in(folder), folder.resolve().name
     try:
-        return _from_json(*files, name) if len(files) == 1 else _from_pair(*files, name, _told_end(folder))
+        if len(files) == 1:
+            return _from_json(files[0], name)
+        return _from_pair(files[0], files[1], name, _told_end(folder))
     except ValueError:
         raise
     except Exception as error:  # the library's errors have no class of their own
@@ -216,15 +219,16 @@ def _from_json(path: Path, name: str) -> TextTokenizer:
 
 
 def _from_pair(vocabulary: Path, merges: Path, name: str, told_end: str | None) -> TextTokenizer:
-    from tokenizers import AddedToken
-    from tokenizers.implementations import ByteLevelBPETokenizer
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    whole = ByteLevelBPETokenizer(str(vocabulary), str(merges))
-    end = _end_token(whole, told_end, vocabulary)
-    text = whole.id_to_token(end)
-    whole.add_special_tokens([AddedToken(text)] if text else [])
+    bpe: Any = models.BPE  # the library's annotations are not those of its code
+    tokenizer: Any = Tokenizer(bpe.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = _end_token(tokenizer, told_end, vocabulary)
+    tokenizer.add_special_tokens([AddedToken(tokenizer.id_to_token(end), special=True)])
     fingerprint = hashlib.sha256(f"{_sha256(vocabulary)}{_sha256(merges)}".encode()).hexdigest()
-    return BpeTokenizer(name, whole._tokenizer, end, fingerprint)
+    return BpeTokenizer(name, tokenizer, end, fingerprint)
 
 
 def _told_end(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Trains every case twice, with and without evaluations in between, on the ranks of one torchrun; a line of JSON a case.
+"""Trains every case without and with evaluations in between, on the ranks of one torchrun; a line of JSON per case.
 
 torchrun --nproc_per_node 2 evaluation_worker.py DATA "FLAGS" "FLAGS" ...
 """
@@ -9,6 +9,7 @@ import gc
 import json
 import shlex
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ def train(flags: str, data: str, here: Device) -> tuple[list[list], Session]:
 def expected(session: Session) -> float:
     """The held-out loss by HuggingFace's model, a sequence at a time, of the weights that DDP has trained."""
     model = build_model(session.shape).eval()
-    model.load_state_dict(session.trainable.model.module.state_dict())
+    wrapped: Any = session.trainable.model
+    model.load_state_dict(wrapped.module.state_dict())
     place = BatchPlace(1, 0, 1, torch.device("cpu"))
     with torch.no_grad():
         batches = [batch.tokens for batch in session.source.held_out_batches(place)]

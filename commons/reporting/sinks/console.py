@@ -126,7 +126,7 @@ class ConsoleSink:
 
 
 def wants_line(record: StepRecord, run: RunFacts) -> bool:
-    """Whether a step gets a line: every ``log_every``-th, the first and the last, and where there is something to tell."""
+    """Whether a step gets a line: every ``log_every``-th, the first, the last, and where there is something to tell."""
     tells = record.eval_loss is not None or bool(record.nonfinite_loss_ranks)
     return tells or record.step in (1, run.train_step) or record.step % run.log_every == 0
 
