@@ -43,8 +43,8 @@ PACKAGES = ("torch", "colossalai", "transformers", "safetensors")
 
 
 def open_keeper(trainable: Trainable, config: ResolvedConfig, device: Device, guard: Guard) -> Checkpoints:
-    """Fill ``trainable`` from the checkpoint that ``--resume`` names, if any, or else from ``--init_from``, and be ready
-    to write new ones (collective).
+    """Fill ``trainable`` from the checkpoint that ``--resume`` names, if any, or else from ``--init_from``, and be
+    ready to write new ones (collective).
 
     Raises:
         RunError: the checkpoint is damaged or contradicts the settings, or the save folder is another run's or cannot

@@ -13,11 +13,11 @@ import torch
 from commons.checkpoint.files import STATE_FILE, CheckpointError
 from commons.checkpoint.store import CHECKPOINTS, Checkpoint, checkpoint_folders, newest_whole, verified
 from commons.config.gpt2_folder import CONFIG_FILE, is_gpt2_config, look_through
-from commons.data.tokenizer import END_OF_TEXT, FILE_PAIRS, GPT2, TextTokenizer, find_tokenizer
+from commons.data.batch_source import RANDOM
+from commons.data.text import TOKEN_SUFFIX, find_corpus
+from commons.data.tokenizer import END_OF_TEXT, FILES, GPT2, TextTokenizer, find_tokenizer
 from commons.model.stored_tensors import Box, FolderTensors, TensorReader
 from model_zoo import ModelShape
-
-RANDOM_DATA = "random"  # --data
 
 
 class CheckpointTensors:
@@ -77,8 +77,7 @@ def is_huggingface(path: Path) -> bool:
 
 def _from_folder(path: Path) -> StoredModel:
     folder = look_through(path)
-    pairs = [*FILE_PAIRS, ("tokenizer.json",)]
-    has_tokenizer = any(all((path / name).is_file() for name in pair) for pair in pairs)
+    has_tokenizer = any(all((path / name).is_file() for name in names) for names in FILES)
     return StoredModel(path, FolderTensors(folder), folder.shape, tokenizer=str(path) if has_tokenizer else None)
 
 
@@ -88,7 +87,6 @@ def open_run(path: Path) -> StoredModel:
     """
     checkpoint, notes = _checkpoint(path)
     settings = checkpoint.state["settings"]
-    text = settings.get("data", RANDOM_DATA) != RANDOM_DATA
     return StoredModel(
         place=checkpoint.folder,
         reader=CheckpointTensors(checkpoint),
@@ -96,8 +94,18 @@ def open_run(path: Path) -> StoredModel:
         notes=notes,
         settings=settings,
         step=checkpoint.step,
-        tokenizer=settings.get("tokenizer") if text else None,
+        tokenizer=settings["tokenizer"] if _is_text(settings["data"]) else None,
     )
+
+
+def _is_text(data: str) -> bool:
+    """Whether a run's ``--data`` was text, as far as that shows without it."""
+    if data == RANDOM or data.endswith(TOKEN_SUFFIX):
+        return False
+    try:
+        return not find_corpus(data).is_tokens
+    except (ValueError, OSError):  # it is not here
+        return True
 
 
 def _checkpoint(path: Path) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -107,7 +115,7 @@ def _checkpoint(path: Path) -> tuple[Checkpoint, tuple[str, ...]]:
         return verified(path), ()
     passed_over: list[str] = []
     for folder in _save_dirs(path):
-        checkpoint, wrong = newest_whole(folder)
+        checkpoint, wrong = newest_whole(folder, verified)
         passed_over += wrong
         if checkpoint is not None:
             return checkpoint, tuple(f"passed over: {text}" for text in passed_over)
