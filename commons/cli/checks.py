@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from commons.cli import layout, machine, output
+from commons.cli import checkpoints, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.wording import either, shown, unknown
@@ -197,4 +197,6 @@ CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     machine.fp8,
     machine.gpus,
     output.output,
+    checkpoints.saving,
+    checkpoints.resuming,
 )
