@@ -37,9 +37,7 @@ def differing(checkpoint: Checkpoint, trainable: Trainable) -> list[str]:
     for piece in trainable.states():
         whole = checkpoint.read(piece.name, piece.kind)
         for box in piece.boxes:
-            for dimension, (begin, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-                part = (part if dimension else whole).narrow(dimension, begin, size)
-            if not part.equal(box.tensor):
+            if not box.part_of(whole).equal(box.tensor):
                 found.append(f"{piece.kind} of {piece.name}")
     return found
 
