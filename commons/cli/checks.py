@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from commons.cli import data, layout, machine, output
+from commons.cli import checkpoints, data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.wording import either, shown, unknown
@@ -222,4 +222,6 @@ CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     machine.fp8,
     machine.gpus,
     output.output,
+    checkpoints.saving,
+    checkpoints.resuming,
 )

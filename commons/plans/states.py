@@ -39,6 +39,12 @@ class Box:
     def sizes(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The view of a whole tensor that the box covers."""
+        for dimension, (begin, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dimension, begin, size)
+        return whole
+
 
 @dataclass(frozen=True)
 class StatePiece:
@@ -246,8 +252,8 @@ def _spread(box: Box, split: int | None, part: Part) -> Iterator[Box]:
 
 
 def _within(box: Box, whole: tuple[int, ...]) -> Box | None:
-    """The box without padding: rows behind the last of the vocabulary."""
+    """The box without padding: rows behind the last of the vocabulary. None where nothing is left."""
     rows = min(box.sizes[0], whole[0] - box.offsets[0])
-    if rows <= 0:
+    if rows <= 0 or box.tensor.numel() == 0:
         return None
     return box if rows == box.sizes[0] else Box(box.offsets, box.tensor[:rows])
