@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
 
 def train(config: ResolvedConfig, here: Device, guard: Guard) -> None:
     """Build the session, train, and let rank 0 log it (collective). How it ended is with the guard."""
+    from commons.checkpoint.keeper import open_keeper
     from commons.training.loop import train_steps
     from commons.training.parity import check_parity, with_known_norms
     from commons.training.session import build_session
@@ -57,8 +58,9 @@ def train(config: ResolvedConfig, here: Device, guard: Guard) -> None:
     with summary_in_any_case(config, guard):
         guard.beat("build")
         session = build_session(config, here)
+        keeper = open_keeper(session.trainable, config, here, guard)
     with open_log(session.settled_config(0), session.header(), guard) as log:
-        for record in train_steps(session, guard):
+        for record in train_steps(session, guard, keeper):
             log.add(record)
             log.settle(session.settled_config(record.step))
         log.finish(guard.ended)

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # From the top down. A module may import its own room and every floor below its own; rooms of one floor do not know each
 # other.
 FLOORS = (
-    ("launch", "train_gpt_demo", "benchmarks"),
+    ("launch", "train_gpt_demo", "benchmarks", "sample"),
     ("cli",),
     ("training", "planner", "checkpoint"),
     ("plans",),

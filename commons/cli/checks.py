@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from commons.cli import data, layout, machine, output
+from commons.cli import checkpoints, data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.planning import planning
@@ -225,4 +225,6 @@ CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     machine.gpus,
     planning,
     output.output,
+    checkpoints.saving,
+    checkpoints.resuming,
 )

@@ -86,6 +86,8 @@ LIMITS: dict[str, Limit] = {
     "beta2": Limit(0.95, low=0, below=1),
     "adam_eps": Limit(1e-8, above=0, high=1),
     "clip_grad_norm": Limit(1.0, low=0, high=1e12),
+    "save_every": Limit(100, low=0, high=MANY_STEPS),
+    "keep": Limit(2, low=0, high=1_000_000),
     "trace_step": Limit(5, low=0, high=MANY_STEPS),
     "initial_loss_scale": Limit(2**16, low=1, high=2**32),  # Colossal-AI's scalers grow no further
     # the C++ of torch counts in nanoseconds, poll() in 32 bits of milliseconds: eleven days are far below both

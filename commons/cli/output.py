@@ -22,24 +22,24 @@ def output(job: Job) -> Iterator[str]:
             f"--run_name {name!r} must be a folder's name of at most {MAX_RUN_NAME} characters, inside"
             f" --log_dir: use one without '/', for example --run_name {_plain(name)}"
         )
-    elif (folder / name / "config.json").exists() and read_job().attempt == 1:
+    elif (folder / name / "config.json").exists() and read_job().attempt == 1 and not job.config.resume:
         yield (f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that folder away")
 
 
-def folder_problem(folder: Path) -> Iterator[str]:
-    """Whether ``folder`` could be made and written to. Only trying tells; what is tried leaves no trace."""
+def folder_problem(folder: Path, flag: str = "log_dir") -> Iterator[str]:
+    """Whether the ``folder`` of a flag could be made and written to. Only trying tells, which leaves no trace."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        yield f"--log_dir {folder}: {existing} is a file, not a folder: choose another --log_dir"
+        yield f"--{flag} {folder}: {existing} is a file, not a folder: choose another --{flag}"
         return
     try:
         tempfile.TemporaryDirectory(prefix=".write_test_", dir=existing).cleanup()
     except OSError as error:
         yield (
-            f"--log_dir {folder}: nothing can be written in {existing} ({error.strerror}): choose another"
-            " --log_dir, or make that one writable"
+            f"--{flag} {folder}: nothing can be written in {existing} ({error.strerror}): choose another"
+            f" --{flag}, or make that one writable"
         )
 
 

@@ -50,7 +50,7 @@ def _decided() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(TrainConfig):
-    """The settings of a run, all of them decided: no None, and no "auto" but Gemini's placement of that name.
+    """The settings of a run, all of them decided: no None, and no "auto" but Gemini's placement and --resume.
 
     What only the run itself finds out (whether ranks reach each other's memory, whether there is room to capture
     graphs) is replaced in it where it is found: see commons.training.session.Session.settled_config().
@@ -123,6 +123,11 @@ class ResolvedConfig(TrainConfig):
         return Path(self.log_dir) / self.run_name
 
     @property
+    def checkpoint_dir(self) -> Path:
+        """The folder of its checkpoints."""
+        return Path(self.save_dir).expanduser() if self.save_dir else self.run_dir / "checkpoints"
+
+    @property
     def runs_as_functions(self) -> bool:
         """Whether the model runs as functions of tensors: to be compiled, or since only they know fp8."""
         return self.compile == "on" or self.precision == "fp8"
@@ -170,7 +175,7 @@ def _values(config: TrainConfig) -> dict[str, Any]:
 
 
 def _is_open(name: str, value: Any) -> bool:
-    return value is None or (value == "auto" and name != "placement")
+    return value is None or (value == "auto" and name not in ("placement", "resume"))
 
 
 def _initial_weights(config: TrainConfig, where: Where) -> Mapping[str, Any]:

@@ -161,7 +161,10 @@ class BatchFlags:
         None, "tokens per sequence, at most the model's positions (default: 1024 on a GPU, 64 on a CPU)", "N"
     )
     train_step: int | None = _flag(
-        None, "optimizer steps in all (default: 10, or as many as the other settings of steps need)", "N"
+        None,
+        "optimizer steps in all, counted from the first of the training, also where --resume goes on (default: 10, or"
+        " as many as the other settings of steps need)",
+        "N",
     )
     warmup_step: int | None = _flag(
         None,
@@ -244,7 +247,25 @@ class MachineFlags:
         "SECONDS",
     )
     max_restarts: int = _flag(
-        0, "launcher: restart all ranks, from the first step, up to N times when one dies or hangs", "N"
+        0,
+        "launcher: restart all ranks, from the last checkpoint or else the first step, up to N times when one dies or"
+        " hangs",
+        "N",
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointFlags:
+    _argument_group_name: ClassVar[str] = "Checkpoints"
+
+    save_every: int = _flag(0, "write a checkpoint every N steps and at the end, beside the training; 0: never", "N")
+    save_dir: str = _flag("", "folder of the checkpoints (default: checkpoints, in the run's folder)", "DIR")
+    keep: int = _flag(0, "checkpoints that stay, older ones are removed once a new one is whole; 0: all", "N")
+    resume: str = _flag(
+        "",
+        "go on from a checkpoint, under any plan and on any number of ranks. PATH: its folder, one of checkpoints, or a"
+        " run's; auto: the newest whole one in --save_dir, or in the folder of --run_name, if there is any",
+        "PATH",
     )
 
 
@@ -307,16 +328,34 @@ class PlanningFlags:
 
 
 # In the order of --help.
-FLAG_GROUPS = (ModelFlags, PlanFlags, BatchFlags, DataFlags, OptimizerFlags, MachineFlags, PlanningFlags, OutputFlags)
+FLAG_GROUPS = (
+    ModelFlags,
+    PlanFlags,
+    BatchFlags,
+    DataFlags,
+    OptimizerFlags,
+    MachineFlags,
+    PlanningFlags,
+    CheckpointFlags,
+    OutputFlags,
+)
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    OutputFlags, PlanningFlags, MachineFlags, OptimizerFlags, DataFlags, BatchFlags, PlanFlags, ModelFlags
+    OutputFlags,
+    CheckpointFlags,
+    PlanningFlags,
+    MachineFlags,
+    OptimizerFlags,
+    DataFlags,
+    BatchFlags,
+    PlanFlags,
+    ModelFlags,
 ):
     """The settings of a run, flat: the groups exist for --help alone.
 
-    None and "auto" (but for Gemini's placement of that name) mean: not chosen yet, :meth:`resolve` does that.
+    None and "auto" (but for Gemini's placement and --resume) mean: not chosen yet, :meth:`resolve` does that.
     """
 
     def resolve(self, device_type: str, world_size: int = 1, local_world_size: int | None = None) -> ResolvedConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,7 +12,7 @@ from commons.data.text import open_text
 
 
 class RandomTokens:
-    """Uniformly random tokens, every data-parallel rank's from a seed of its own."""
+    """Uniformly random tokens, each sample drawn by the seed and its number."""
 
     description, held_out_samples = "", 0
     epoch_samples: int | None = None
@@ -23,15 +22,16 @@ class RandomTokens:
         self.fingerprint = f"random tokens below {request.vocab}, seed {request.seed}, sequences of {request.seq_len}"
 
     def batches(self, place: BatchPlace, start_sample: int = 0) -> Iterator[torch.Tensor]:
-        stream = random_tokens(
+        return random_tokens(
             batch_size=place.batch_size,
             seq_len=self._request.seq_len,
             vocab=self._request.vocab,
             seed=self._request.seed,
             data_parallel_rank=place.data_parallel_rank,
+            data_parallel_size=place.data_parallel_size,
+            start=start_sample,
             device=place.device,
         )
-        return itertools.islice(stream, start_sample // place.samples, None)
 
     def held_out_batches(self, place: BatchPlace) -> Iterator[HeldOutBatch]:
         return iter(())

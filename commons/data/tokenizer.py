@@ -57,6 +57,10 @@ class TextTokenizer(Protocol):
         """The text of tokens; what is no UTF-8 becomes U+FFFD."""
         ...
 
+    def save(self, path: Path) -> None:
+        """Write it as a tokenizer.json, which transformers reads. OSError where that cannot be."""
+        ...
+
 
 class ByteTokenizer:
     """A token per byte of UTF-8, and one more for the end of a text."""
@@ -72,6 +76,19 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def save(self, path: Path) -> None:
+        """As a BPE without merges, whose byte b has the id b."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+        characters: Any = bytes_to_unicode()
+        bpe: Any = models.BPE
+        tokenizer: Any = Tokenizer(bpe({characters[byte]: byte for byte in range(256)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+        path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 class BpeTokenizer:
@@ -99,6 +116,9 @@ class BpeTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def find_tokenizer(wanted: str, vocab: int) -> TextTokenizer:

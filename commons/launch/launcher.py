@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+    from commons.checkpoint.resume import Found
     from commons.launch.watch import Watch
 
 PROG = "run_gemini.sh"
@@ -143,6 +144,8 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
         notices.append(no_gpu_notice(config, nodes.world_size))
+    if not found and config.resume:
+        notices.extend(_found(config).notices)
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 
 
@@ -287,7 +290,16 @@ def _open_console_copy(launch: Launch) -> ConsoleCopy:
 def _rank_command(launch: Launch, script: Path) -> list[str]:
     """The script, with the given settings as flags for the ranks, which choose the rest as the launcher did."""
     settings = {**launch.given, "device": launch.config.device, "run_name": launch.config.run_name}
+    if launch.config.resume and (checkpoint := _found(launch.config).checkpoint) is not None:
+        settings["resume"] = str(checkpoint.folder)  # the ranks need not look for it, nor at its every byte, again
     return [str(script), *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def _found(config: ResolvedConfig) -> Found:
+    """What --resume comes out as; it has been verified when the settings were judged."""
+    from commons.checkpoint.resume import find
+
+    return find(config)
 
 
 def run_ranks(launch: Launch, store: TCPStore, script: Path, stop: StopSignals) -> int:
@@ -347,13 +359,14 @@ class Course:
         self.watch.sweep()
         self.watch.begin(attempt)
         if self._nodes.rank == 0:
-            begin_attempt(self._config.run_dir, attempt)
+            begin_attempt(self._config.run_dir, attempt, resumes=bool(self._config.resume))
 
     def report_restart(self, failures: Mapping[int, ProcessFailure], attempt: int) -> None:
         lines, ended = self.tell(failures)
         self.conclude(ended, replace=True)
         allowed = self._config.max_restarts + 1
-        lines.append(f"Attempt {attempt} of {allowed} begins: all ranks start again, from the first step.")
+        whence = "the last whole checkpoint" if self._config.save_every else "the first step"
+        lines.append(f"Attempt {attempt} of {allowed} begins: all ranks start again, from {whence}.")
         print("", *lines, sep="\n", file=sys.stderr, flush=True)
 
     def is_final(self, failures: Mapping[int, ProcessFailure]) -> bool:

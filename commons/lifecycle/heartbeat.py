@@ -25,6 +25,7 @@ RUN_PHASES = {
     "record": "gathering what the ranks saw",
     "evaluate": "evaluating on held-out data",
     "log": "writing the logs",
+    "save": "saving a checkpoint",
     "parity": "training the reference (--check_parity)",
     "end": "the end of the run",
 }

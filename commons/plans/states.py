@@ -39,6 +39,12 @@ class Box:
     def sizes(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The view of a whole tensor that the box covers."""
+        for dimension, (begin, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dimension, begin, size)
+        return whole
+
 
 @dataclass(frozen=True)
 class StatePiece:
@@ -74,6 +80,21 @@ class Counters:
     loss_scale: float | None = None
     good_steps: int = 0
     overflows: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        steps: done, of the whole training, skipped ones included.
+        samples: sequences that all ranks have taken, which is where the data go on.
+        skipped_steps: of the steps, those that fp16 left out.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,8 +252,8 @@ def _spread(box: Box, split: int | None, part: Part) -> Iterator[Box]:
 
 
 def _within(box: Box, whole: tuple[int, ...]) -> Box | None:
-    """The box without padding: rows behind the last of the vocabulary."""
+    """The box without padding: rows behind the last of the vocabulary. None where nothing is left."""
     rows = min(box.sizes[0], whole[0] - box.offsets[0])
-    if rows <= 0:
+    if rows <= 0 or box.tensor.numel() == 0:
         return None
     return box if rows == box.sizes[0] else Box(box.offsets, box.tensor[:rows])

@@ -40,7 +40,7 @@ def claim_folder(config: ResolvedConfig) -> ResolvedConfig:
     """
     if config.asked("run_name"):
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        if not _lock(config.run_dir):
+        if not lock_folder(config.run_dir):
             raise FolderInUse(config.run_dir)
         return config
     name = config.run_name
@@ -48,7 +48,7 @@ def claim_folder(config: ResolvedConfig) -> ResolvedConfig:
         named = dataclasses.replace(config, run_name=name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
             named.run_dir.mkdir(parents=True)
-            _lock(named.run_dir)
+            lock_folder(named.run_dir)
             return named
     raise AssertionError("there is always a next number")
 
@@ -63,7 +63,7 @@ def with_own_folder(config: ResolvedConfig, rank: int) -> ResolvedConfig:
         return claim_folder(config)
 
 
-def _lock(folder: Path) -> bool:
+def lock_folder(folder: Path) -> bool:
     """Whether the folder is this process's now: the folder itself is locked, no file is added. A file system that knows
     no such locks (NFS) refuses nobody.
     """

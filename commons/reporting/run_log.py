@@ -7,6 +7,7 @@ metrics.jsonl (write_summary). A restarted run keeps the files of the attempts b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ def _tells_of_memory(path: Path) -> bool:
 def summary_in_any_case(config: ResolvedConfig, guard: Guard) -> Iterator[None]:
     """Around the building of the model: a run that ends there has a summary too, of no steps."""
     if guard.rank == 0:
-        begin_attempt(config.run_dir, read_job().attempt)
+        begin_attempt(config.run_dir, read_job().attempt, resumes=bool(config.resume))
     log = RunLog(config, (), guard.rank == 0)
     guard.folder, guard.last_words = config.run_dir, log.break_off
     try:
@@ -106,20 +107,32 @@ def open_log(config: ResolvedConfig, header: RunHeader, guard: Guard) -> Iterato
             raise
 
 
-def begin_attempt(run_dir: Path, attempt: int) -> None:
+def begin_attempt(run_dir: Path, attempt: int, *, resumes: bool = False) -> None:
     """Leave no file that this attempt would overwrite or be mistaken for (harmless when called again).
 
-    Of a run that is started again the last attempt's files get its number; those of another run that had the
-    same name go, as they would when the first step is logged.
+    Of a run that is started again the last attempt's files get its number. Where a run ``resumes`` a training in the
+    same folder, the files of the run before get the number of a part of it. Those of another run that had the same name
+    go, as they would when the first step is logged.
     """
     with contextlib.suppress(OSError):
-        if attempt == 1:
+        if attempt == 1 and resumes:
+            _keep_as_part(run_dir)
+        elif attempt == 1:
             earlier = (path for kind in ("json*", "txt") for path in run_dir.glob(f"*-attempt[0-9]*.{kind}"))
             for path in (*(run_dir / name for name in PER_ATTEMPT), *earlier):
                 path.unlink(missing_ok=True)
         for path in (run_dir / name for name in PER_ATTEMPT if attempt > 1):
             if path.exists():
                 path.replace(path.with_stem(f"{path.stem}-attempt{attempt - 1}"))
+
+
+def _keep_as_part(run_dir: Path) -> None:
+    """Number the files of the run that went before, which are this one's training too."""
+    parts = itertools.count(1)
+    part = next(number for number in parts if not any(run_dir.glob(f"*-part{number}.json*")))
+    for path in (run_dir / name for name in PER_ATTEMPT):
+        if path.exists():
+            path.replace(path.with_stem(f"{path.stem}-part{part}"))
 
 
 def read_records(path: Path) -> list[StepRecord]:
@@ -146,8 +159,9 @@ def summary_of(records: Sequence[StepRecord], config: ResolvedConfig, ended: End
     None where all steps are done; ``train_step``, the steps that were to be done; ``attempt``, from 1; and of a run
     that ended out of memory ``out_of_memory`` (see commons.lifecycle.memory_shortage).
     """
+    before = records[0].step - 1 if records else 0  # steps that another run has done
     end = {"ended": ended.how, "ended_because": ended.why or None, **ended.details, "train_step": config.train_step}
-    return {**end, "attempt": attempt, **summarize(records, config.warmup_step)}
+    return {**end, "attempt": attempt, **summarize(records, before + config.warmup_step)}
 
 
 def write_summary(

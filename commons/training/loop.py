@@ -19,6 +19,7 @@ from commons.distributed.device import Device
 from commons.lifecycle.guard import Guard
 from commons.lifecycle.outcome import Ended
 from commons.model.gpt2 import attention_backend
+from commons.plans.states import Progress
 from commons.plans.trainable import Update
 from commons.reporting.flops import (
     hardware_flops_per_token,
@@ -31,32 +32,35 @@ from commons.reporting.record import StepRecord
 from commons.reporting.summary import bad_streak, describe_bad_steps
 from commons.training.clock import PhaseClock, StepTiming, memory_use
 from commons.training.evaluation import Evaluation, evaluate, is_due
+from commons.training.keeping import Keeper, NoKeeper
 from commons.training.schedule import learning_rate
 from commons.training.session import Session
 from commons.training.tracing import TRACE_FILE, traced
 
 
-def batches(session: Session) -> Iterator[torch.Tensor]:
+def batches(session: Session, start: int = 0) -> Iterator[torch.Tensor]:
     """This rank's stream of micro-batches: equal inside a tensor- or pipeline-parallel group, different
-    between data-parallel ranks.
+    between data-parallel ranks. ``start``: samples that all ranks have taken before.
     """
-    return session.source.batches(session.batch_place(session.device.rank))
+    return session.source.batches(session.batch_place(session.device.rank), start)
 
 
-def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRecord]:
-    """Train ``config.train_step`` steps, one record each (collective, the same record on every rank).
+def train_steps(session: Session, guard: Guard | None = None, keeper: Keeper | None = None) -> Iterator[StepRecord]:
+    """Train until step ``config.train_step``, one record each (collective, the same record on every rank).
 
     The clock stops before a record is yielded, so what the consumer does with it costs no measured time.
 
     Args:
         guard: follows what this rank does; it says how the run ended if that is before the last step: at a signal
             that any rank got, or after ``--max_bad_steps``.
+        keeper: says where the training goes on, and keeps what it comes to.
     """
-    guard, config, bad = guard or Guard(), session.config, []
-    stream, skipped_steps = DrawnAhead(batches(session)), 0
+    guard, keeper, config, bad = guard or Guard(), keeper or NoKeeper(), session.config, []
+    progress = keeper.progress
+    stream = DrawnAhead(batches(session, progress.samples))
     clock = PhaseClock(session.device, guard.beat)
     with attention_backend(config.attention), guard.at_work(config.train_step), _settled_heap():
-        for step in range(1, config.train_step + 1):
+        for step in range(progress.steps + 1, config.train_step + 1):
             lr = learning_rate(config, step)
             for group in session.trainable.param_groups:
                 group["lr"] = lr
@@ -66,22 +70,33 @@ def train_steps(session: Session, guard: Guard | None = None) -> Iterator[StepRe
             dist.barrier()
             with traced(_trace_file(session, step), session.device.type):
                 clock.start()
-                loss, update = _train_step(session, stream, clock)
+                loss, update = _train_step(session, stream, clock, keeper)
                 timing = clock.stop()
-            skipped_steps += update.skipped
+            progress = _further(progress, session, update)
             guard.beat("record")
-            ranks = _gather(session, loss, timing, guard.signum)
-            record = make_record(session, step, lr, update, skipped_steps, ranks)
+            ranks = _gather(session, loss, timing, Told(guard.signum, keeper.trouble is not None))
+            record = make_record(session, step, lr, update, progress.skipped_steps, ranks)
             if is_due(session, step):
                 record = with_evaluation(record, evaluate(session, guard))
             guard.beat("log")
             yield record
             bad = bad_streak([*bad, record])
-            if guard.stop_after(step, [int(rank.signum) for rank in ranks]):
-                return
-            if bad and len(bad) == config.max_bad_steps:
-                guard.ended = _bad_steps_ended(bad)
-                return
+            stops = guard.stop_after(step, [int(rank.signum) for rank in ranks])
+            if not stops and bad and len(bad) == config.max_bad_steps:
+                guard.ended, stops = _bad_steps_ended(bad), True
+            if any(rank.trouble for rank in ranks):
+                break
+            keeper.after_step(progress, finite=not bad, last=stops or step == config.train_step)
+            if stops:
+                break
+        keeper.finish()
+
+
+def _further(progress: Progress, session: Session, update: Update) -> Progress:
+    """One step further."""
+    return Progress(
+        progress.steps + 1, progress.samples + session.sequences_per_step, progress.skipped_steps + update.skipped
+    )
 
 
 @contextmanager
@@ -106,7 +121,7 @@ def _trace_file(session: Session, step: int) -> Path | None:
     return session.config.run_dir / TRACE_FILE
 
 
-def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tuple[torch.Tensor, Update]:
+def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock, keeper: Keeper) -> tuple[torch.Tensor, Update]:
     """One optimizer step over ``grad_accum`` micro-batches; returns their mean loss on this rank, still on
     the device.
     """
@@ -119,6 +134,7 @@ def _train_step(session: Session, stream: DrawnAhead, clock: PhaseClock) -> tupl
         if loss is not None:
             total += loss.detach()
     clock.mark("optimizer")
+    keeper.before_update()
     return total, trainable.step()
 
 
@@ -128,10 +144,12 @@ class RankStep(NamedTuple):
     Attributes:
         loss: this rank's mean over its micro-batches, in nats per token; 0 on a pipeline's stages without one.
         signum: of the stop signal that it has heard, 0 before.
+        trouble: 1 where it could not write its part of a checkpoint.
     """
 
     loss: float
     signum: float
+    trouble: float
     step_seconds: float
     forward_seconds: float
     backward_seconds: float
@@ -142,10 +160,17 @@ class RankStep(NamedTuple):
     host_mib: float
 
 
-def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, signum: int) -> list[RankStep]:
+class Told(NamedTuple):
+    """What a rank tells the others beside the measures of a step."""
+
+    signum: int
+    trouble: bool
+
+
+def _gather(session: Session, loss: torch.Tensor, timing: StepTiming, told: Told) -> list[RankStep]:
     """What every rank saw of a step, by rank (collective: one small all-gather)."""
     memory = memory_use(session.device, session.trainable.replayed_bytes, session.trainable.shared_bytes or 0)
-    mine = RankStep(loss=loss.item(), signum=float(signum), **vars(timing), **vars(memory))
+    mine = RankStep(loss.item(), float(told.signum), float(told.trouble), **vars(timing), **vars(memory))
     return [RankStep(*row) for row in _all_gather(mine, session.device)]
 
 

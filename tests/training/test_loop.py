@@ -198,12 +198,17 @@ def first_batches(rank: int, **settings: Any) -> list[torch.Tensor]:
 
 
 def test_every_copy_draws_its_own_tokens_and_all_its_ranks_the_same() -> None:
-    """Ranks 0 to 3 are one copy of the model, 4 to 7 the other; its number is added to the seed."""
+    """Ranks 0 to 3 are one copy of the model, 4 to 7 the other: of each four samples they have the first and last two,
+    and a rank alone has them all, wherever it begins.
+    """
+    alone = batches(session_of(1, 0, batch_size=4, seq_len=4, model_type="gpt2_tiny"))
+    expected = [next(alone) for _ in range(3)]
     for rank in range(8):
-        generator = torch.Generator().manual_seed(42 + (rank >= 4))
-        expected = [torch.randint(1000, (2, 4), generator=generator) for _ in range(3)]
+        own = slice(2, 4) if rank >= 4 else slice(0, 2)
         for drawn, wanted in zip(first_batches(rank, model_type="gpt2_tiny"), expected, strict=True):
-            assert torch.equal(drawn, wanted), rank
+            assert torch.equal(drawn, wanted[own]), rank
+    later = batches(session_of(1, 0, batch_size=4, seq_len=4, model_type="gpt2_tiny"), start=8)
+    assert torch.equal(next(later), expected[2])
 
 
 def test_the_tokens_of_seed_42_are_these() -> None:

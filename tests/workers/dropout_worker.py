@@ -118,6 +118,7 @@ def reference(config: ResolvedConfig, copies: int) -> dict[str, list[float]]:
             vocab=config.shape().vocab,
             seed=config.seed,
             data_parallel_rank=copy,
+            data_parallel_size=copies,
             device=torch.device("cpu"),
         )
         for copy in range(copies)

@@ -39,7 +39,7 @@ def differing_masters(session: Session, weights: dict[str, torch.Tensor]) -> tup
 def first_losses(session: Session, model: torch.nn.Module) -> tuple[float | None, float]:
     """The loss of a batch before any step, and HuggingFace's."""
     tokens = torch.randint(session.shape.vocab, (4, 32), generator=torch.Generator().manual_seed(5))
-    loss = session.trainable.forward_backward(tokens, 1.0, lambda *_: None)
+    loss = session.trainable.forward_backward(tokens, 1.0, lambda phase, at=None: None)
     with torch.no_grad():
         return None if loss is None else float(loss), float(model(input_ids=tokens, labels=tokens).loss)
 
