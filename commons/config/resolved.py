@@ -14,7 +14,7 @@ from typing import Any, Literal
 from commons.config.auto import compile_problem, graph_problems, is_compilable, peer_problems
 from commons.config.gpt2_folder import FolderError, shape_of
 from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig
-from commons.data.batch_source import RANDOM, DataRequest
+from commons.data.batch_source import DataRequest
 from model_zoo import MODEL_SIZES, ModelShape, divisors, parameter_count
 
 # What a setting becomes that is left out: a GPU gets a run worth measuring, a CPU one that ends in seconds.
