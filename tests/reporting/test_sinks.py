@@ -700,6 +700,12 @@ def test_every_figure_stands_under_its_head() -> None:
     assert "@" not in "".join(layout([GPU_RECORD], ranks=1))
 
 
+def test_the_heads_of_a_short_run_stand_once_though_its_end_is_foreseen() -> None:
+    layout = StepLines(total_steps=10)
+    assert len(layout.lines(GPU_RECORD, 120, None)) == 2
+    assert len(layout.lines(GPU_RECORD, 120, 3.0)) == 1
+
+
 def test_80_columns_have_what_is_asked_for_on_every_device() -> None:
     slow = dataclasses.replace(GPU_RECORD, step_seconds=12.3456, tokens_per_second=1_234_567.0)
     gpu = [line.plain for line in StepLines(total_steps=9_999, ranks=2).lines(slow, 80)]
