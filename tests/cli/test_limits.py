@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -45,6 +46,27 @@ RANGES: dict[str, tuple[float | str, float | str]] = {
     "timeout": ("0", 1_000_000),
     "max_restarts": (0, 1_000),
 }
+
+
+# What is suggested to a user whose number is out of its range: the defaults, or what runs everywhere.
+SUGGESTED = {
+    "num_layers": 4, "hidden_size": 64, "num_heads": 4, "dropout": 0.1, "shard_param_frac": 1,
+    "offload_optim_frac": 0.5, "offload_param_frac": 0, "warmup_non_model_data_ratio": 0.8,
+    "steady_cuda_cap_ratio": 0.9, "max_prefetch": 0, "blocks_per_chunk": 1, "tp_degree": 1, "pp_degree": 1,
+    "zero_stage": 0, "num_microbatches": 1, "num_model_chunks": 1, "batch_size": 4, "seq_len": 64, "train_step": 10,
+    "warmup_step": 2, "grad_accum": 1, "max_bad_steps": 3, "seed": 42, "lr": 3e-4, "lr_warmup_step": 0,
+    "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "clip_grad_norm": 1.0, "trace_step": 5,
+    "initial_loss_scale": 65536, "timeout": 600, "max_restarts": 1,
+}  # fmt: skip
+
+
+def test_what_is_suggested() -> None:
+    assert {name: limit.works for name, limit in LIMITS.items()} == SUGGESTED
+
+
+def test_a_limit_stays_as_it_is() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LIMITS["lr"].high = 2.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def step_beyond(value: float, towards: float) -> float:

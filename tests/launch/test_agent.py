@@ -10,7 +10,8 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from commons.launch.agent import Agent
+from commons.launch.agent import SHUTDOWN_SECONDS, Agent
+from commons.lifecycle.guard import GRACE_SECONDS
 
 
 def agent(kept: int) -> Any:
@@ -48,3 +49,7 @@ def test_ranks_are_watched_by_their_numbers_in_the_whole_job(started: list[Any])
     going = agent(0)
     assert going._start_workers(going._worker_group) == {0: 4711}
     assert started == [going._worker_group] and going.began == [1] and going.pids == {4: 4711}
+
+
+def test_who_does_not_end_by_itself_is_ended_in_the_ten_seconds_that_are_promised() -> None:
+    assert GRACE_SECONDS < SHUTDOWN_SECONDS < 10

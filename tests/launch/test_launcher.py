@@ -237,15 +237,29 @@ def test_a_signal_at_the_worst_moment_is_a_signal(tmp_path: Path, moment: str, b
     assert "Traceback" not in run.stderr
 
 
+# Hears what it is told, says so, and does not end.
+HEEDLESS = """
+def heard(signum, frame):
+    Path(f"heard-{rank}-{int(signum)}").touch()
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, heard)
+leave_note()
+while True:
+    time.sleep(0.1)
+"""
+
+
 def test_a_second_signal_asks_for_nothing_new(tmp_path: Path) -> None:
-    run = Launched(tmp_path, STUBBORN)
+    """It comes while the launcher waits for ranks that have heard the first."""
+    run = Launched(tmp_path, HEEDLESS)
     pids = [run.note(rank)["pid"] for rank in (0, 1)]
-    start = time.monotonic()
     run.process.send_signal(signal.SIGINT)
-    time.sleep(4.5)
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / f"heard-{rank}-{int(signal.SIGINT)}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline and run.process.poll() is None, "the ranks did not hear the signal"
+        time.sleep(0.02)
     run.process.send_signal(signal.SIGTERM)
     run.wait(timeout=30)
-    assert time.monotonic() - start < 10
     assert run.code == 128 + signal.SIGINT, run.stderr
     assert run.stderr.splitlines()[-1] == "Stopped by SIGINT before the first step was done."
     assert not any(map(is_alive, pids))

@@ -117,11 +117,25 @@ def test_it_trains_on_two_nodes(jobs: dict[str, Job]) -> None:
     assert job.cluster.job(job.number)["NodeList"] == ",".join(NODES)
 
 
+def minutes_that_leave_a_minute(run_time: str) -> int:
+    """The time limit that ends in 20 to 80 seconds, of a job that has run for so long: Slurm counts in minutes."""
+    hours, minutes, seconds = map(int, run_time.split(":"))
+    return (3600 * hours + 60 * minutes + seconds + 20) // 60 + 1
+
+
+@pytest.mark.parametrize(
+    ("run_time", "minutes"), [("00:00:39", 1), ("00:00:40", 2), ("00:01:39", 2), ("00:01:40", 3), ("01:00:00", 61)]
+)
+def test_limits_for_the_test_of_the_limit(run_time: str, minutes: int) -> None:
+    assert minutes_that_leave_a_minute(run_time) == minutes
+
+
 def test_the_time_limit_ends_it_with_138(jobs: dict[str, Job]) -> None:
-    """The limit is set to the minute before which the signal comes; Slurm looks at limits twice a minute."""
+    """It is set so that the minute before which the signal comes is at hand; Slurm looks at limits twice a minute."""
     job = jobs["time_limit"]
     job.wait_for_steps(2)
-    assert job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1").returncode == 0
+    minutes = minutes_that_leave_a_minute(job.cluster.job(job.number)["RunTime"])
+    assert job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}").returncode == 0
     job.ends_with(128 + signal.SIGUSR1, "SIGUSR1")
     assert f"Stopped by SIGUSR1 after step {job.steps()} of 1000000." in job.text
 

@@ -174,14 +174,16 @@ def main(names: Sequence[str]) -> int:
     if unknown:
         print(f"no module {', '.join(unknown)}: take of {', '.join(TARGETS)}, or planted", file=sys.stderr)
         return 2
-    import torch  # noqa: F401  once for all forks
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    chosen = {name: TARGETS[name] for name in names or TARGETS}
+    if not all(target.light for target in chosen.values()):
+        import torch  # noqa: F401  once for all forks
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     results = []
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         slots = Slots(Path(folder))
-        for name in names or TARGETS:
-            results.append(try_mutants(name, TARGETS[name], slots))
+        for name, target in chosen.items():
+            results.append(try_mutants(name, target, slots))
             print(results[-1], flush=True)
     whole = Result("all", sum(r.noticed for r in results), sum(r.equivalent for r in results))
     whole.survivors = [mutant for result in results for mutant in result.survivors]

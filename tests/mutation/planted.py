@@ -125,6 +125,32 @@ FAULTS: list[Fault] = [
             '"params": vectors, "weight_decay": weight_decay',
         ),
     ),
+    *faults_of(
+        "shared with the reference",
+        "commons/model/initial_weights.py",
+        "tests/model/test_weights.py",
+        ("parameters of one shape begin alike", "seed ^ zlib.crc32(name.encode())", "seed"),
+    ),
+    # ---- what the README promises besides
+    *faults_of(
+        "README",
+        "commons/lifecycle/outcome.py",
+        "tests/lifecycle/test_outcome.py",
+        ("a signal's exit code is its number", "128 + signum)", "signum)"),
+    ),
+    *faults_of(
+        "README",
+        "commons/cli/flags.py",
+        "tests/cli/test_config.py -k 'all_problems or only_rank_0'",
+        ("settings that cannot work end with 1", "CONFIG_ERROR = 2", "CONFIG_ERROR = 1"),
+    ),
+    *faults_of(
+        "README",
+        "commons/reporting/flops.py",
+        "tests/reporting/test_metrics.py -k 'rates or flops'",
+        ("MFU is in percent", "model_tflops_per_device * TERA /", "100 * model_tflops_per_device * TERA /"),
+        ("FLOPs leave attention out", "+ 12.0 * shape.layers * shape.hidden * seq_len", ""),
+    ),
     # ---- what is sharded, and what is sent
     *faults_of(
         "sharding",

@@ -12,17 +12,19 @@ class Target:
     Attributes:
         path: from the suite's folder.
         tests: pytest's arguments. They start no ranks: every mutant runs them.
+        light: neither the module nor its tests import torch.
     """
 
     path: str
     tests: str
+    light: bool = False
 
 
 NO_RUNS = "-m 'not gpu and not smoke and not slow'"
 
 
-def target(path: str, *tests: str, keyword: str = "") -> Target:
-    return Target(path, " ".join([*tests, NO_RUNS, *([f"-k '{keyword}'"] if keyword else [])]))
+def target(path: str, *tests: str, keyword: str = "", light: bool = False) -> Target:
+    return Target(path, " ".join([*tests, NO_RUNS, *([f"-k '{keyword}'"] if keyword else [])]), light)
 
 
 LOOP = "tests/training/test_loop.py"
@@ -55,17 +57,17 @@ TARGETS: dict[str, Target] = {
     "layout": target("commons/distributed/layout.py", "tests/training/test_parity.py", keyword="places or mesh"),
     "auto": target("commons/config/auto.py", "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS),
     "resolved": target("commons/config/resolved.py", CONFIG, "tests/model/test_step_graph.py", keyword=WITHOUT_RANKS),
-    "limits": target("commons/cli/limits.py", "tests/cli/test_limits.py"),
+    "limits": target("commons/cli/limits.py", "tests/cli/test_limits.py", light=True),
     "checks": target("commons/cli/checks.py", CONFIG),
     "output": target("commons/cli/output.py", CONFIG),
     "parity": target(
         "commons/training/parity.py", "tests/training/test_parity.py", keyword="not entry_point and not single_layer"
     ),
-    "outcome": target("commons/lifecycle/outcome.py", "tests/lifecycle/test_outcome.py"),
+    "outcome": target("commons/lifecycle/outcome.py", "tests/lifecycle/test_outcome.py", light=True),
     "writing": target(
         "commons/reporting/writing.py", METRICS, "tests/reporting/test_sinks.py", keyword="json or disk or folder"
     ),
-    "smi": target("commons/doctor/smi.py", *DOCTOR),
-    "driver": target("commons/doctor/driver.py", *DOCTOR),
-    "torch_build": target("commons/doctor/torch_build.py", *DOCTOR),
+    "smi": target("commons/doctor/smi.py", *DOCTOR, light=True),
+    "driver": target("commons/doctor/driver.py", *DOCTOR, light=True),
+    "torch_build": target("commons/doctor/torch_build.py", *DOCTOR, light=True),
 }

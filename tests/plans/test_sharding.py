@@ -55,6 +55,7 @@ BROADCAST = WHOLE - 26 * 64
 # every chunk for either pass but the last one of the first, the embedding's for the head too
 GATHERED = (2 * CHUNKS - 73_856, 3 * CHUNKS)
 ALL_GATHERED = (WHOLE, WHOLE)
+ALL_OF_THE_CHUNKS = (CHUNKS // RANKS, CHUNKS // RANKS)
 HALF_OF_THE_CHUNKS = (CHUNKS // RANKS * 2 // 5, CHUNKS // RANKS // 2)  # whole chunks, half of the bytes at most
 
 # Two micro-batches are accumulated where a plan can keep gradients to itself until the last one.
@@ -71,7 +72,7 @@ CASES: dict[str, Claim] = {
     "--distplan CAI_Hybrid --zero_stage 2": Claim(("gradients", "optimizer states"), WHOLE, ALL_GATHERED),
     f"{GEMINI} 0": Claim(of("CAI_Gemini"), CHUNKS, GATHERED),
     f"{GEMINI} 1 --placement cuda": Claim(of("CAI_Gemini"), CHUNKS, GATHERED, ahead=1),
-    f"{GEMINI} 2 --placement cpu": Claim(of("CAI_Gemini"), CHUNKS, GATHERED, (CHUNKS // RANKS,) * 2, ahead=2),
+    f"{GEMINI} 2 --placement cpu": Claim(of("CAI_Gemini"), CHUNKS, GATHERED, ALL_OF_THE_CHUNKS, ahead=2),
     f"{GEMINI} 2 --placement const": Claim(of("CAI_Gemini"), CHUNKS, GATHERED, HALF_OF_THE_CHUNKS, ahead=2),
     # what fits is not freed after the forward pass, and what the first step kept free begins on the host
     f"{GEMINI} 2 --placement auto": Claim(

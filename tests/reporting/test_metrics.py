@@ -284,6 +284,12 @@ def test_a_record_as_json_has_the_fields_of_the_record() -> None:
     json.dumps(as_dict, allow_nan=False)
 
 
+def test_a_record_stays_as_it_was_measured() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record(1).loss = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert record(1).nonfinite_loss_ranks is not None and record(1) == record(1) != record(2)
+
+
 def test_every_field_of_a_record_is_explained() -> None:
     explained = re.findall(r"^ {8}(\w+): ", StepRecord.__doc__ or "", flags=re.MULTILINE)
     assert explained == [field.name for field in dataclasses.fields(StepRecord)]
