@@ -46,6 +46,12 @@ def test_lines_of_a_long_training_say_how_far_it_is() -> None:
     assert "ETA" not in StepLines(1000).lines(record(20), 120, seconds_left=3725)[0].plain
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_heads_do_not_come_again_when_the_time_left_is_known(progress: bool) -> None:
+    steps = StepLines(1000, progress=progress)
+    assert [len(steps.lines(record(step), 120, left)) for step, left in ((1, None), (2, 10.0), (3, 9.0))] == [2, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (200_000, "2d 07:33"), (None, None)]
 )
