@@ -75,7 +75,8 @@ def test_a_run_on_text(tmp_path: Path) -> None:
     """Through the launcher: tokenised before the ranks, the same model as the reference, and what the files say."""
     text = tmp_path / "corpus.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.split(". ")))
-    flags = "--distplan Pytorch_DDP --precision fp32 --train_step 9 --seq_len 16 --lr 1e-3 --eval_every 4 --eval_fraction 0.1 --log_every 3"
+    flags = "--distplan Pytorch_DDP --precision fp32 --train_step 9 --seq_len 16 --lr 1e-3"
+    flags += " --eval_every 4 --eval_fraction 0.1 --log_every 3"
     run = launch(tmp_path, *flags.split(), "--data", str(text), "--check_parity", "true", ranks=2)
     assert run.returncode == 0, run.console
     assert run.console.count("tokenising corpus.jsonl") == 1 and run.console.count("text is taken byte by byte") == 1
