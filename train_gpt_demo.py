@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a HuggingFace GPT-2 on random tokens under one of the plans and log TFLOPS and memory every step.
+"""Train a HuggingFace GPT-2 on random tokens or text under one of the plans and log TFLOPS and memory every step.
 
 One rank of a run. ``bash run_gemini.sh`` starts all of them; so does
 ``torchrun --nproc_per_node 2 train_gpt_demo.py``, and plain ``python train_gpt_demo.py`` is a run of one.

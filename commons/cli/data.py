@@ -39,7 +39,7 @@ def corpus(job: Job) -> Iterator[str]:
     """What ``--data`` names, as far as that shows without reading all of it; :func:`prepare` does the rest."""
     if job.config.data == RANDOM:
         return iter(())
-    from commons.data.text import look_at
+    from commons.data.corpus import look_at
 
     return _told(lambda: look_at(job.config.data, job.config.tokenizer), job.config.data)
 
@@ -47,14 +47,14 @@ def corpus(job: Job) -> Iterator[str]:
 def prepare(config: ResolvedConfig, say: Callable[[str], object]) -> list[str]:
     """Have the data ready before any rank needs it, and every problem with that; for settings that are right.
 
-    Texts are tokenised here if they never were, which takes as long as it takes: see commons.data.text.prepare.
+    Texts are tokenised here if they never were, which takes as long as it takes: see commons.data.corpus.prepare.
 
     Args:
         say: is told what the user should know.
     """
     if config.data == RANDOM:
         return []
-    from commons.data.text import prepare as prepare_text
+    from commons.data.corpus import prepare as prepare_text
 
     def work() -> None:
         note = prepare_text(config.data_request()).note

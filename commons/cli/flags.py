@@ -34,10 +34,10 @@ CONFIG_ERROR = 2  # exit code, argparse's own
 TELLING_SECONDS = 15.0  # after which rank 0 has told what is wrong, however slow its imports
 
 DESCRIPTION = """\
-Trains a GPT-2 on random tokens under one of the plans below and reports, every step, how fast it was (tokens
-per second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on any machine: every
-setting has a default that fits the device. Each run leaves config.json, env.json, metrics.jsonl and
-summary.json in a folder of its own in --log_dir. Dashes instead of underscores work in every flag."""
+Trains a GPT-2 on random tokens, or on text (--data), under one of the plans below and reports, every step, how
+fast it was (tokens per second, TFLOPS, MFU) and how much memory it took. Without flags it trains in seconds on
+any machine: every setting has a default that fits the device. Each run leaves config.json, env.json,
+metrics.jsonl and summary.json in a folder of its own in --log_dir. Dashes instead of underscores work in every flag."""
 
 EXAMPLES = """\
 examples:

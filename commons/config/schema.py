@@ -183,7 +183,7 @@ class DataFlags:
     data: str = _flag(
         "random",
         "random: random tokens; else what to train on: token files (.bin: headerless uint16 or uint32, or with llm.c's"
-        ' header), texts (.txt) or JSONL (.jsonl, a "text" per line), one or a folder; texts are tokenised once',
+        ' header), texts (.txt, .md) or JSONL (.jsonl, a "text" per line), one or a folder; texts are tokenised once',
         "PATH",
     )
     tokenizer: str = _flag(

@@ -99,4 +99,4 @@ def _json_lines(path: Path) -> Iterator[Piece]:
                 yield Piece(text.encode(errors="replace").decode(), True, read)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Piece]]] = {".txt": _text, ".jsonl": _json_lines}
+READERS: dict[str, Callable[[Path], Iterator[Piece]]] = {".txt": _text, ".md": _text, ".jsonl": _json_lines}

@@ -42,5 +42,5 @@ DATA_SOURCES: dict[str, Callable[[DataRequest], BatchSource]] = {RANDOM: RandomT
 
 
 def open_source(request: DataRequest) -> BatchSource:
-    """The source that ``request`` asks for; ValueError and OSError as :func:`commons.data.text.prepare` has them."""
+    """The source that ``request`` asks for; ValueError and OSError as :func:`commons.data.corpus.prepare` has them."""
     return DATA_SOURCES[RANDOM if request.path == RANDOM else "text"](request)

@@ -264,7 +264,7 @@ def _same(launch: Launch) -> dict[str, Any]:
 
     settings = launch.config.as_dict()
     # where a machine keeps its logs is its own affair
-    del settings["log_dir"], settings["run_name"], settings["quiet"]
+    del settings["log_dir"], settings["run_name"], settings["quiet"], settings["log_every"]
     return {
         **{f"the version of {package}": installed(package) for package in ("torch", "colossalai", "transformers")},
         "the version of python": ".".join(map(str, sys.version_info[:2])),

@@ -213,7 +213,7 @@ class StepLines:
         """
         cells = self._cells(record)
         if TIME_LEFT in self._all_columns:
-            cells[TIME_LEFT.title] = duration(seconds_left)
+            cells[TIME_LEFT.title] = duration(seconds_left) or "-"  # a column from the first line on
         known = {title for title, cell in cells.items() if cell is not None}
         changed = width != self._width or not known <= self._known
         if changed:

@@ -13,8 +13,10 @@ from commons.data.batch_source import BatchPlace, BatchSource
 from commons.data.sources import open_source
 from commons.distributed.device import Device
 from commons.distributed.layout import Place, place
+from commons.distributed.process_group import every_rank, first_rank_s
 from commons.distributed.seeding import seed_generators
 from commons.lifecycle.job import read_job
+from commons.lifecycle.outcome import RunError
 from commons.plans.registry import PLANS, Plan
 from commons.plans.trainable import Trainable
 from commons.reporting.header import RunHeader
@@ -132,7 +134,23 @@ def build_session(config: ResolvedConfig, device: Device) -> Session:
     else:
         peak = peak_flops(device.name, config.precision)
     seed_generators(config.seed, here)  # again: training draws the same, whatever building and measuring drew
-    return Session(config, device, plan, config.shape(), trainable, peak)
+    session = Session(config, device, plan, config.shape(), trainable, peak)
+    _agree_on_data(session)
+    return session
+
+
+def _agree_on_data(session: Session) -> None:
+    """Raises RunError where a rank reads other data than rank 0: machines may have other files at one path
+    (collective).
+    """
+    source = session.source
+    if source.description and not every_rank(
+        first_rank_s(source.fingerprint) == source.fingerprint, session.device.torch_device
+    ):
+        raise RunError(
+            f"the ranks' data differ: not every machine has the same files at --data {session.config.data}, or the same"
+            " tokenizer: copy them there"
+        )
 
 
 def place_lines(places: Sequence[Place]) -> list[str]:

@@ -104,6 +104,10 @@ def test_the_record_of_eight_ranks() -> None:
         "host_memory_mib": 1000.0,
         "host_memory_peak_rank": 6,
         "nonfinite_loss_ranks": [],
+        "tokens_seen": 7 * 1920,
+        "eval_loss": None,  # nothing was evaluated after this step
+        "eval_perplexity": None,
+        "eval_seconds": None,
     }
 
 

@@ -23,7 +23,7 @@ from commons.training.loop import train_steps
 from commons.training.session import Session, build_session
 from model_zoo import build_model
 
-COMMON = "--batch_size 4 --seq_len 32 --train_step 6 --warmup_step 1 --lr 1e-3 --clip_grad_norm 1 --device cpu"
+COMMON = "--batch_size 4 --seq_len 16 --train_step 4 --warmup_step 1 --lr 1e-3 --clip_grad_norm 1 --device cpu"
 
 
 def train(flags: str, data: str, here: Device) -> tuple[list[list], Session]:
