@@ -55,6 +55,8 @@ FRACTIONS = (
 )
 # What need not be said, since it is so without being said.
 UNSAID = {"tp_degree": 1, "pp_degree": 1, "offload_optim_frac": 0.0, "offload_param_frac": 0.0}
+# On one rank nothing is sharded: these do what Pytorch_DDP and CAI_ZeRO1 do.
+ALIKE_ALONE = ("Pytorch_ZeRO", "CAI_ZeRO2")
 MICROBATCHES_PER_STAGE = (1, 2, 4, 8)
 CLOSE = 0.01  # of the speed: what a smaller batch may cost
 WANTED = 6  # layouts that fit, for the table and the trials
@@ -244,6 +246,14 @@ class _Looking:
         result.fitting = sorted(self.best.values(), key=lambda layout: -layout.time.tokens_per_second)
         return result
 
+    def _smallest(self, ranked: Sequence[Candidate]) -> Candidate | None:
+        """The layout that can run and needs least of the device at least, with its memory."""
+        fewest = sorted(ranked, key=lambda layout: least_device_bytes(layout.config, self._asked.machine))
+        for layout in fewest[:MOST_JUDGED]:
+            if not self._verdicts.on(layout):
+                return dataclasses.replace(layout, memory=self._asked.forecast(layout.config))
+        return None
+
 
 def _is_close(layout: Candidate, best: Candidate) -> bool:
     """Whether it is nearly as fast with a smaller batch: that leaves memory free, and is nearer to what trains well."""
@@ -357,8 +367,9 @@ def candidates(given: Settings, machine: Machine, rates: Rates) -> Iterator[Cand
     config = TrainConfig(**given)
     open_names = [name for name in SEARCHED if name not in given]
     plans = [plan for plan in PLANS.values() if "distplan" not in given or plan.name == given["distplan"]]
+    alone = machine.world_size == 1
     for plan in plans:
-        if config.precision not in plan.precisions:
+        if config.precision not in plan.precisions or (plan.name in ALIKE_ALONE and len(plans) > 1 and alone):
             continue
         for layout in _layouts(plan, given, machine):
             try:

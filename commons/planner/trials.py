@@ -37,6 +37,7 @@ LATE = "its time was over before a step counted"
 NO_TIME = "not tried: --auto_minutes were over"
 # Settings of a trial: what is computed, not how long, where it is logged or what is kept of it.
 TRIAL_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags)
+ALSO_TRIED = ("no_preflight",)
 NOT_TRIED = ("train_step", "warmup_step", "lr_warmup_step", "lr_schedule", "max_restarts", "max_bad_steps")
 
 
@@ -129,7 +130,8 @@ def trial_steps(layout: Candidate, seconds: float) -> tuple[int, int]:
 
 def trial_flags(given: Mapping[str, Any], layout: Candidate, seconds: float, log_dir: Path) -> list[str]:
     """The launcher's flags for a trial."""
-    names = {name for group in TRIAL_GROUPS for name in group.__dataclass_fields__} - set(NOT_TRIED)
+    names = {name for group in TRIAL_GROUPS for name in group.__dataclass_fields__}
+    names = names - set(NOT_TRIED) | set(ALSO_TRIED)
     steps, settling = trial_steps(layout, seconds)
     settings = {
         **{name: value for name, value in given.items() if name in names},

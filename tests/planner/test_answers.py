@@ -33,6 +33,9 @@ def ask(*flags: str, ranks: int = 2) -> int:
             "--auto has nothing to choose, since everything is given",
         ),
         (("--plan_for", "2 x H100", "--auto", "--seq_len", "5000"), "1024 positions"),
+        (("--plan_for", "2 x H100", "--auto", "--model_type", "gpt2_xxl"), "did you mean gpt2_xl"),
+        (("--plan_for", "2 x H100", "--auto", "--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--dry_run", "--device", "cpu", "--auto", "--pp_degree", "-2"), "--pp_degree must be at least 1"),
         (("--calibrate", "--auto", "--plan_for", ""), "--calibrate measures and does nothing else"),
     ],
 )
