@@ -116,7 +116,7 @@ def planned(record: Record) -> Forecast:
 
 
 def megatron(record: Record) -> float | None:
-    """NVIDIA Megatron-LM's theoretical memory: 18 bytes a parameter, 12 of them shared with a distributed optimizer, and
+    """Megatron-LM: 18 bytes a parameter, 12 of them shared with a distributed optimizer, and
     34 bytes for each of tokens x hidden x layers with fused attention. Not for states on the host.
     https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/theoretical_memory_usage.py
     """
@@ -146,7 +146,7 @@ def deepspeed(record: Record) -> float | None:
 
 
 def eleuther(record: Record) -> float | None:
-    """EleutherAI's "Transformer Math 101": 2 bytes of weights, 4 of gradients and 12 of optimizer for each parameter, and
+    """EleutherAI: 2 bytes of weights, 4 of gradients and 12 of optimizer for each parameter, and
     activations with the scores of attention written out. Not for states on the host.
     https://blog.eleuther.ai/transformer-math/
     """
