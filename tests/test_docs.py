@@ -144,7 +144,7 @@ def test_what_the_doctor_said_is_what_was_measured() -> None:
 
 def test_run_folder_files() -> None:
     names = {row[0] for row in rows(section("The run's folder", "docs/runs.md"))}
-    assert names == {"config.json", "env.json", "metrics.jsonl", "summary.json", "console.log"}
+    assert names == {"config.json", "env.json", "metrics.jsonl", "summary.json", "console.log", "auto.json"}
 
 
 def test_every_end_of_a_run() -> None:

@@ -21,7 +21,7 @@ PLANNING = tuple(field.name for field in dataclasses.fields(PlanningFlags))
 def planning(job: Job) -> Iterator[str]:
     """What contradicts itself among the planning flags."""
     given = job.given
-    nothing = nothing_open(job.typed) if given.auto else None
+    nothing = nothing_open(job.typed, given.distplan) if given.auto else None
     if nothing:
         yield nothing
     if given.plan_for:
@@ -38,7 +38,7 @@ def planning(job: Job) -> Iterator[str]:
 def wrong_flags(line: CommandLine) -> list[str]:
     """What is wrong with the planning flags of a command line, where the other settings are not judged yet."""
     limit, minutes = LIMITS["auto_minutes"], line.given.get("auto_minutes", 0.0)
-    found = (nothing_open(line.given), number_problem("auto_minutes", minutes, limit))
+    found = (nothing_open(line.given, line.config().distplan), number_problem("auto_minutes", minutes, limit))
     return [problem for problem in found if problem]
 
 

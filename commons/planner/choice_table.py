@@ -108,7 +108,7 @@ def show(
         for number, layout in enumerate(layouts, 1):
             table.add_row(*_row(number, layout, machine, measured.get(id(layout)), chosen))
         console.print(table)
-    unseen = "" if search.complete else "; the time for the search was over before all were looked at"
+    unseen = "" if search.complete else "; time was over, so memory is a rough guess that is too high for some"
     console.print(
         f"{search.considered} layouts considered, {search.too_large} do not fit, {search.refused} cannot run{unseen}",
         markup=False,

@@ -11,17 +11,18 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.planner.machines import Machine, resolve_for
-from commons.planner.memory import Forecast
-from commons.planner.memory import forecast as forecast_memory
 from commons.planner.rates import Rates
 from commons.planner.step_time import StepTime, forecast_step
 from commons.plans.registry import PLANS, Plan
 from model_zoo import divisors, padded_parameter_count
+
+if TYPE_CHECKING:
+    from commons.planner.memory import Forecast
 
 # What --auto chooses where the user does not.
 SEARCHED = (
@@ -36,11 +37,12 @@ SEARCHED = (
     "batch_size",
     "activation_checkpointing",
 )
-# What has to be open for --auto to have anything to do; the others belong to some plans alone.
+# Those that every plan has.
 MAIN = ("distplan", "batch_size", "activation_checkpointing")
+FRACTION_NAMES = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32, 64), "cpu": (1, 2, 4, 8, 16)}
 RECOMPUTE = ("off", "selective", "on")
-# shard_param_frac, offload_optim_frac, offload_param_frac
+# in the order of FRACTION_NAMES
 FRACTIONS = (
     (1.0, 0.0, 0.0),
     (0.0, 0.0, 0.0),
@@ -56,10 +58,14 @@ UNSAID = {"tp_degree": 1, "pp_degree": 1, "offload_optim_frac": 0.0, "offload_pa
 MICROBATCHES_PER_STAGE = (1, 2, 4, 8)
 CLOSE = 0.01  # of the speed: what a smaller batch may cost
 WANTED = 6  # layouts that fit, for the table and the trials
-SEARCH_SECONDS = 20.0  # for memory forecasts
+SEARCH_SECONDS = 30.0  # for exact forecasts of memory: each traces a block; after that they are rough, and high
+MOST_REFUSED = 60  # with none that can run before the first: the fault is in what was given
+MOST_JUDGED = 20
+DEVICE_SHARE = 0.99  # of a device's memory that a layout may take: forecasts are up to 1 % too low
+PROBED = (8, 16)  # batches from which the memory of the others is bounded
 
 Settings = Mapping[str, Any]
-Memory = Callable[[ResolvedConfig, Machine], Forecast]
+Memory = Callable[[ResolvedConfig, Machine, bool], "Forecast"]
 Judge = Callable[[Settings], Sequence[str]]
 
 
@@ -67,7 +73,7 @@ class Kind(NamedTuple):
     """A kind of layout. ``offload``: 0 nothing, 1 the optimizer, 2 parameters too."""
 
     distplan: str
-    degrees: tuple[int, int, int]
+    degrees: tuple[int, int]
     shard_param_frac: float
     offload: int
 
@@ -92,8 +98,7 @@ class Candidate:
         """What tells layouts apart that are worth a trial each; of one kind only the best batch is."""
         config = self.config
         offload = (config.offload_optim_frac > 0) + (config.offload_param_frac > 0)
-        degrees = (config.tp_degree, config.pp_degree, config.zero_stage)
-        return Kind(config.distplan, degrees, config.shard_param_frac, offload)
+        return Kind(config.distplan, (config.tp_degree, config.pp_degree), config.shard_param_frac, offload)
 
     def label(self) -> str:
         """The chosen settings in short, for a line of a table."""
@@ -109,7 +114,7 @@ class Search:
         nearest: where none fits, the one that lacks least.
         too_large, refused: layouts that do not fit, and that the settings' checks refuse, of all ``considered``.
         refusals: why the fastest of the refused cannot run.
-        complete: False where the time for it was over.
+        complete: False where the time for exact forecasts was over, and rough ones may have left out what fits.
     """
 
     fitting: list[Candidate] = field(default_factory=list)
@@ -121,16 +126,20 @@ class Search:
     complete: bool = True
 
 
-def nothing_open(given: Iterable[str]) -> str | None:
-    """Why ``--auto`` has nothing to choose, None where it has: the names of the settings that were ``given``."""
-    names = set(given)
-    if all(name in names for name in MAIN) and ("placement" in names or _fractions_given(names)):
-        return "--auto has nothing to choose, since plan, batch, recomputation and placement are given: remove it"
-    return None
+def nothing_open(given: Iterable[str], distplan: str) -> str | None:
+    """Why ``--auto`` has nothing to choose, None where it has.
 
-
-def _fractions_given(names: set[str]) -> bool:
-    return {"shard_param_frac", "offload_optim_frac", "offload_param_frac"} <= names
+    Args:
+        given: names of the settings that the user gave; ``distplan`` is the plan's value.
+    """
+    names, plan = set(given), PLANS.get(distplan)
+    if "distplan" not in names or plan is None:
+        return None
+    wanted = {"batch_size", "activation_checkpointing"}
+    wanted |= set(FRACTION_NAMES) if plan.placement and "placement" not in names else set()
+    wanted |= {"tp_degree"} if plan.tensor_parallel else set()
+    wanted |= {"pp_degree"} if plan.pipeline else set()
+    return None if wanted - names else "--auto has nothing to choose, since everything is given: remove it"
 
 
 def search(
@@ -148,44 +157,92 @@ def search(
     Args:
         given: the settings that the user gave, by name; each is kept.
         judge: what is wrong with settings, empty where nothing is.
-        memory: the forecast, in bytes (default: commons.planner.memory's).
+        memory: the forecast of a configuration on a machine, exact, or rough and high but fast (default:
+            commons.planner.memory's).
         wanted: layouts, of as many kinds.
-        seconds: after which no more forecasts are made.
+        seconds: after which forecasts are rough.
     """
-    found, ask = Search(), memory or forecast_on
     ranked = sorted(candidates(given, machine, rates), key=lambda layout: -layout.time.tokens_per_second)
-    found.considered = len(ranked)
-    verdicts: dict[tuple[Any, ...], list[str]] = {}
-    failed: dict[tuple[Any, ...], int] = {}
-    best: dict[Kind, Candidate] = {}
-    least, end = float("inf"), time.monotonic() + seconds
+    asked = _AskedMemory(memory or forecast_on, machine, time.monotonic() + seconds)
+    looking = _Looking(_Verdicts(given, judge), asked, Search(considered=len(ranked)))
     for layout in ranked:
-        if len(best) >= wanted and layout.kind not in best:
+        if len(looking.best) >= wanted and layout.kind not in looking.best:
             break
-        if (layout.kind in best and not _is_close(layout, best[layout.kind])) or _fits_with_less(layout.kind, best):
-            continue
-        if _already_failed(layout, failed) or least_device_bytes(layout.config, machine) > _device_bytes(machine):
-            found.too_large += 1
-            continue
-        key = _judged_by(layout)
-        if verdicts.setdefault(key, list(judge({**given, **layout.settings}))):
-            found.refused += 1
-            found.refusals = found.refusals or verdicts[key]
-            continue
-        if time.monotonic() > end:
-            found.complete = False
+        if looking.result.refused >= MOST_REFUSED and not looking.best and not looking.result.too_large:
             break
-        layout = dataclasses.replace(layout, memory=ask(layout.config, machine))
-        lacking = shortfall(layout.memory, machine)
-        if lacking:
-            found.too_large += 1
-            _remember_failure(layout, failed)
-            if max(lacking.values()) < least:
-                least, found.nearest = max(lacking.values()), layout
+        looking.at(layout)
+    return looking.finish(ranked)
+
+
+class _Verdicts:
+    """What is wrong with layouts. Batch and recomputation change little of it: of a layout that was found right, others
+    are judged when they fit.
+    """
+
+    def __init__(self, given: Settings, judge: Judge) -> None:
+        self._given, self._judge = given, judge
+        self._right: set[tuple[Any, ...]] = set()
+
+    def on(self, layout: Candidate, *, again: bool = False) -> Sequence[str]:
+        key = tuple((name, value) for name, value in layout.settings.items() if name not in MAIN[1:])
+        if key in self._right and not again:
+            return ()
+        wrong = self._judge({**self._given, **layout.settings})
+        if not wrong:
+            self._right.add(key)
+        return wrong
+
+
+class _Looking:
+    """One search as it goes on, from the fastest layout by the model to the slower ones.
+
+    Attributes:
+        best: what fits, by kind.
+    """
+
+    def __init__(self, verdicts: _Verdicts, asked: _AskedMemory, result: Search) -> None:
+        self._verdicts, self._asked, self.result = verdicts, asked, result
+        self.best: dict[Kind, Candidate] = {}
+        self._failed: dict[tuple[Any, ...], int] = {}
+        self._least = float("inf")
+
+    def at(self, layout: Candidate) -> None:
+        """Look at one layout: whether it is worth it, can run, and fits."""
+        kind, machine = layout.kind, self._asked.machine
+        if (kind in self.best and not _is_close(layout, self.best[kind])) or _fits_with_less(kind, self.best):
+            return
+        if _already_failed(layout, self._failed) or least_device_bytes(layout.config, machine) > _device_bytes(machine):
+            self.result.too_large += 1
+        elif wrong := self._verdicts.on(layout):
+            self._refuse(wrong)
+        elif self._asked.cannot_fit(layout):
+            self.result.too_large += 1
         else:
-            best[layout.kind] = layout
-    found.fitting = sorted(best.values(), key=lambda layout: -layout.time.tokens_per_second)
-    return found
+            self._ask(dataclasses.replace(layout, memory=self._asked.forecast(layout.config)))
+
+    def _ask(self, layout: Candidate) -> None:
+        lacking = shortfall(layout.memory, self._asked.machine)
+        if lacking:
+            self.result.too_large += 1
+            _remember_failure(layout, self._failed)
+            if max(lacking.values()) < self._least:
+                self._least, self.result.nearest = max(lacking.values()), layout
+        elif wrong := self._verdicts.on(layout, again=True):
+            self._refuse(wrong)
+        else:
+            self.best[layout.kind] = layout
+
+    def _refuse(self, wrong: Sequence[str]) -> None:
+        self.result.refused += 1
+        self.result.refusals = self.result.refusals or list(wrong)
+
+    def finish(self, ranked: Sequence[Candidate]) -> Search:
+        result = self.result
+        if not self.best and result.nearest is None and result.too_large:  # nothing was worth a forecast
+            result.nearest = self._smallest(ranked)
+        result.complete = self._asked.exact
+        result.fitting = sorted(self.best.values(), key=lambda layout: -layout.time.tokens_per_second)
+        return result
 
 
 def _is_close(layout: Candidate, best: Candidate) -> bool:
@@ -198,10 +255,6 @@ def _is_close(layout: Candidate, best: Candidate) -> bool:
 def _fits_with_less(kind: Kind, fitting: Mapping[Kind, Candidate]) -> bool:
     """Whether the same with less on the host fits, and is faster then."""
     return any(kind._replace(offload=less) in fitting for less in range(kind.offload))
-
-
-def _judged_by(layout: Candidate) -> tuple[Any, ...]:
-    return tuple(layout.settings.items())
 
 
 def _without_batch(layout: Candidate) -> tuple[Any, ...]:
@@ -221,9 +274,44 @@ def _remember_failure(layout: Candidate, failed: dict[tuple[Any, ...], int]) -> 
 # ---- memory
 
 
-def forecast_on(config: ResolvedConfig, machine: Machine) -> Forecast:
-    """The memory forecast of one rank of ``machine``."""
-    return forecast_memory(config, machine.world_size, machine.gpus_per_node, machine.gpu)
+def forecast_on(config: ResolvedConfig, machine: Machine, rough: bool = False) -> Forecast:
+    """The memory forecast of one rank of ``machine``. Imports torch."""
+    from commons.planner.memory import forecast
+
+    return forecast(config, machine.world_size, machine.gpus_per_node, machine.gpu, rough=rough)
+
+
+class _AskedMemory:
+    """Forecasts of memory on one machine, and what follows from them for others.
+
+    The peak is the largest of several moments, each of which grows linearly with the batch: it is a convex function of
+    it, and lies above the line through two of its points everywhere beside them. So two exact forecasts of a layout say
+    of every batch what it takes at least, without a trace.
+    """
+
+    def __init__(self, memory: Memory, machine: Machine, end: float) -> None:
+        self._memory, self.machine, self._end = memory, machine, end
+        self._lines: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.exact = True
+
+    def forecast(self, config: ResolvedConfig) -> Forecast:
+        self.exact = self.exact and time.monotonic() < self._end
+        return self._memory(config, self.machine, not self.exact)
+
+    def cannot_fit(self, layout: Candidate) -> bool:
+        """Whether the device has too little for it, by two forecasts of the same with other batches."""
+        low, high = PROBED
+        batch = layout.settings.get("batch_size")
+        if layout.config.pp_degree > 1 or not self.exact or batch is None or batch in PROBED:
+            return False
+        key = _without_batch(layout)
+        if key not in self._lines:
+            ends = [dataclasses.replace(layout.config, batch_size=batch) for batch in PROBED]
+            first, last = (self.forecast(config).device_peak for config in ends)
+            self._lines[key] = first, last
+        line = self._lines[key]
+        least = line[0] + (line[1] - line[0]) * (batch - low) / (high - low)
+        return least > _device_bytes(self.machine)
 
 
 def shortfall(memory: Forecast | None, machine: Machine) -> dict[str, int]:
@@ -239,7 +327,7 @@ def shortfall(memory: Forecast | None, machine: Machine) -> dict[str, int]:
 
 
 def _device_bytes(machine: Machine) -> float:
-    return machine.gpu.memory_bytes if machine.gpu is not None else float("inf")
+    return DEVICE_SHARE * machine.gpu.memory_bytes if machine.gpu is not None else float("inf")
 
 
 def least_device_bytes(config: ResolvedConfig, machine: Machine) -> float:
@@ -307,8 +395,7 @@ def _degrees(plan: Plan, given: Settings, machine: Machine) -> Iterator[tuple[in
 def _extras(plan: Plan, given: Settings, dp: int, pp: int) -> Iterator[dict[str, Any]]:
     """Fractions for a plan with placement, ZeRO stages for one with pipelines; nothing for the others."""
     if plan.placement and "placement" not in given:
-        names = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
-        seen = set()
+        names, seen = FRACTION_NAMES, set()
         for values in FRACTIONS:
             if dp == 1 and values[0] == 0.0:  # nothing is sharded
                 continue

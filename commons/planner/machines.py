@@ -179,9 +179,7 @@ def _host_and_link(parts: Sequence[str]) -> tuple[int | None, float | None]:
             if not node_link > 0:
                 raise ValueError(f"{part!r} is no network's rate: write for example 400 Gbit/s")
         else:
-            raise ValueError(
-                f"{part!r} cannot be read: after the GPUs come the memory and network of a node, {EXAMPLE}"
-            )
+            raise ValueError(f"{part!r} is neither a node's memory nor its network: write it as {EXAMPLE}")
     return host_bytes, node_link
 
 
@@ -256,7 +254,8 @@ def resolve_for(given: TrainConfig, machine: Machine) -> ResolvedConfig:
 def this_machine(nodes: int, ranks_per_node: int, device_type: str) -> Machine:
     """The machine at hand, with ``ranks_per_node`` of its devices; all nodes are taken to be like this one.
 
-    Asks torch for the GPU where ``device_type`` is "cuda", and imports it for nothing else.
+    Where ``device_type`` is "cuda" a process of its own asks for the GPUs, which takes seconds. RuntimeError where that
+    fails.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = _gpu_at_hand(ranks_per_node) if device_type == "cuda" else None
@@ -266,9 +265,8 @@ def this_machine(nodes: int, ranks_per_node: int, device_type: str) -> Machine:
 
 def _gpu_at_hand(ranks: int) -> GpuModel:
     """The GPU of the first rank, with the memory that the fullest of all ranks' GPUs has left, a context included."""
-    from commons.planner.room import find_room
+    from commons.planner.gpu_probe import rooms_in_a_child
 
-    rooms = [find_room(True, index) for index in range(ranks)]
-    gpu, free = rooms[0].gpu, min(room.device or 0 for room in rooms)
-    assert gpu is not None
+    rooms = rooms_in_a_child(ranks)
+    gpu, free = rooms[0][0], min(free for _, free in rooms)
     return dataclasses.replace(gpu, memory_bytes=min(gpu.memory_bytes, free + default_for(gpu.capability).context))
