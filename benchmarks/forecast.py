@@ -77,8 +77,13 @@ def records() -> Iterator[Record]:
 
 def _record(file: Path, environment: dict[str, Any], case: dict[str, Any]) -> Record | None:
     runs = [run for run in case.get("runs", []) if run.get("peak_device_memory_mib")]
-    label, commit = case["label"], str(environment.get("commit", ""))[:7]
-    if not runs or "independent" in label or any(commit == c and words in label for c, words in NOT_PLANNED):
+    label, commit = case.get("label", ""), str(environment.get("commit", ""))[:7]
+    if (
+        not runs
+        or not label
+        or "independent" in label
+        or any(commit == c and words in label for c, words in NOT_PLANNED)
+    ):
         return None
     before = re.search(r"before \((\w+)\)", label)
     commit = before[1] if before else commit
