@@ -21,6 +21,7 @@ from commons.cli import answers, planning
 from commons.cli.flags import (
     CONFIG_ERROR,
     Request,
+    adapt_to_gpu,
     become_doctor,
     find_devices,
     help_text,
@@ -133,6 +134,8 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
         notices.append(no_gpu_notice(config, nodes.world_size))
+    if not found and (said := adapt_to_gpu(line, config, nodes.world_size, nodes.ranks_per_node).line):
+        notices.append(said)
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 
 

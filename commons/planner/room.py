@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from commons.doctor.host import control_group, memory_sizes
 from commons.doctor.machine import Machine
+from commons.ops import capability
 from commons.planner.gpus import GPU_MODELS, GpuModel
 
 
@@ -76,7 +77,8 @@ def gpu_here(index: int = 0) -> GpuModel:
 
     seen = torch.cuda.get_device_properties(index)
     known = next((model.name for model in GPU_MODELS.values() if model.device_name == seen.name), seen.name)
-    return GpuModel(known, seen.total_memory, (seen.major, seen.minor), seen.name)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return GpuModel(known, int(seen.total_memory * share), capability.gpu_capability(index), seen.name)
 
 
 def _device_room(index: int) -> int:
