@@ -73,6 +73,12 @@ def test_the_best_layout_for_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "short on the" in capsys.readouterr().out
 
 
+def test_gpus_without_bf16_are_planned_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--plan_for", "1 x T4, 64 GiB host", "--model_type", "gpt2_small", "--batch_size", "1", "--json")
+    assert ask(*flags) == 0
+    assert json.loads(capsys.readouterr().out)["given"]["precision"] == "fp16"
+
+
 def test_both_entry_points_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["--plan_for", "nothing"]) == 2
     with pytest.raises(SystemExit) as exit_code:
