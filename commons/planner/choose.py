@@ -221,6 +221,9 @@ class _Looking:
 
     def _ask(self, layout: Candidate) -> None:
         lacking = shortfall(layout.memory, self._asked.machine)
+        if lacking and not self._asked.exact and not self.best:  # that nothing fits is not said on a rough guess
+            layout = dataclasses.replace(layout, memory=self._asked.exactly(layout.config))
+            lacking = shortfall(layout.memory, self._asked.machine)
         if lacking:
             self.result.too_large += 1
             _remember_failure(layout, self._failed)
@@ -304,6 +307,9 @@ class _AskedMemory:
     def forecast(self, config: ResolvedConfig) -> Forecast:
         self.exact = self.exact and time.monotonic() < self._end
         return self._memory(config, self.machine, not self.exact)
+
+    def exactly(self, config: ResolvedConfig) -> Forecast:
+        return self._memory(config, self.machine, False)
 
     def cannot_fit(self, layout: Candidate) -> bool:
         """Whether the device has too little for it, by two forecasts of the same with other batches."""

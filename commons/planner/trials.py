@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -194,9 +193,3 @@ def read_trial(layout: Candidate, run_dir: Path, returncode: int, in_time: bool)
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0][:200] if text.strip() else ""
-
-
-def median_speed(trials: Sequence[Trial]) -> float | None:
-    """The median of the model's error over the trials that trained: measured to forecast step."""
-    ratios = [trial.step_seconds / trial.candidate.time.seconds for trial in trials if trial.step_seconds]
-    return statistics.median(ratios) if ratios else None

@@ -123,6 +123,17 @@ def test_nothing_fits() -> None:
     assert not far.fitting and far.nearest and far.nearest.memory and far.too_large == far.considered
 
 
+def test_a_rough_guess_does_not_say_that_nothing_fits() -> None:
+    exact = simulated(1.0)
+
+    def memory(config: ResolvedConfig, machine: Machine, rough: bool) -> Forecast:
+        return (simulated(1000.0) if rough else exact)(config, machine, rough)
+
+    given = {"model_type": "gpt2_medium"}
+    late = search(given, H100, rates_of(H100), judge_on(H100), memory=memory, seconds=0.0)
+    assert late.fitting and not late.complete
+
+
 def test_what_cannot_run_says_why() -> None:
     result = found(TWO, simulated(0.1), model_type="gpt2_medium", seq_len=5000)
     assert not result.fitting and result.refused and "1024 positions" in result.refusals[0]
