@@ -16,7 +16,7 @@ from commons.planner.states import Held, model_parameters, states, zero_redundan
 from commons.planner.step import Run, phases
 
 # In the order in which tables show them.
-DEVICE_KINDS = (
+DEVICE_KINDS: tuple[str, ...] = (
     "parameters",
     "gradients",
     "master weights",
@@ -30,7 +30,14 @@ DEVICE_KINDS = (
     "allocator slack",
 )
 # of one rank; "process" is what Python, its libraries and the driver take
-HOST_KINDS = ("parameters", "gradients", "master weights", "optimizer states", "pinned beyond need", "process")
+HOST_KINDS: tuple[str, ...] = (
+    "parameters",
+    "gradients",
+    "master weights",
+    "optimizer states",
+    "pinned beyond need",
+    "process",
+)
 # Gemini's moments are made in its first optimizer step, from memory that the passes have left in large pieces: nothing
 # is rounded up. (So it was measured; under torch's plans they are.)
 MADE_LATER = ("CAI_Gemini", "optimizer states")

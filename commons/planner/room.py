@@ -22,6 +22,7 @@ class Room:
         shared_memory: free in /dev/shm.
         memlock: what one process may lock; None: any amount.
         node: which machine it is, of the job's.
+        resident: what this process has of the host's memory already, and so is not in ``host``.
     """
 
     gpu: GpuModel | None
@@ -31,6 +32,7 @@ class Room:
     shared_memory: int | None
     memlock: int | None
     node: int = 0
+    resident: int = 0
 
 
 def find_room(on_gpu: bool, local_rank: int = 0, node: int = 0, machine: Machine | None = None) -> Room:
@@ -47,7 +49,13 @@ def find_room(on_gpu: bool, local_rank: int = 0, node: int = 0, machine: Machine
         shared_memory=None if disk is None else disk.free_bytes,
         memlock=None if soft == resource.RLIM_INFINITY else soft,
         node=node,
+        resident=_resident(machine),
     )
+
+
+def _resident(machine: Machine) -> int:
+    fields = (machine.read("/proc/self/statm") or "").split()
+    return int(fields[1]) * resource.getpagesize() if len(fields) > 1 else 0
 
 
 def host_room(machine: Machine) -> tuple[int, str]:

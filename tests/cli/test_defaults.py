@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from commons.cli import defaults, flags
+from commons.cli import defaults, flags, machine
 from commons.config import resolved
 from commons.ops import capability
 from commons.planner import room
@@ -49,7 +49,7 @@ def test_what_the_user_gave_stays() -> None:
     assert chosen(12, batch_size=16) == {} and chosen(12, distplan="CAI_Hybrid", pp_degree=2) == {}
     assert chosen(6, model_type="gpt2_medium") == {}  # nothing of that size fits
     assert chosen(8, activation_checkpointing="on") == {}
-    assert chosen(6.5, activation_checkpointing="on") == {"batch_size": 4}
+    assert chosen(6.5, activation_checkpointing="on") == {"batch_size": 5}
 
 
 def test_the_line_says_why_and_what() -> None:
@@ -69,7 +69,8 @@ def a_t4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flags, "find_devices", lambda wanted: ("cuda", 1))
     monkeypatch.setattr(room, "gpu_here", lambda index=0: T4)
     monkeypatch.setattr(capability, "gpu_capability", lambda index=None: T4.capability)
-    monkeypatch.setattr(resolved, "compile_problem", lambda device_type: None)
+    for module in (resolved, machine):
+        monkeypatch.setattr(module, "compile_problem", lambda device_type: None)
 
 
 def test_a_t4_gets_a_run_that_it_can_do(a_t4: None) -> None:

@@ -46,9 +46,17 @@ def test_what_fits_has_nothing_short() -> None:
         ({"device": 90}, dataclasses.replace(ON_GPU, node=2), ["GPU 3 of node 2: 20.0 GiB short"]),
     ],
 )
-def test_what_is_short_where_and_by_how_much(needed: dict[str, float], room: Room, words: list[str]) -> None:
+def test_what_is_short_where_and_by_how_much(needed: dict[str, Any], room: Room, words: list[str]) -> None:
     (short,) = shortages(plan(**needed), room, local_rank=3)
     assert all(each in str(short) for each in words), str(short)
+
+
+def test_what_processes_have_already_is_not_asked_for_again() -> None:
+    held = {**dict.fromkeys(HOST_KINDS, 0), "process": 2 * GIB}
+    asked = dataclasses.replace(plan(context=0), host=held)
+    small = dataclasses.replace(ON_CPU, host=3 * GIB)
+    assert shortages(asked, small) and not shortages(asked, dataclasses.replace(small, resident=1 * GIB))
+    assert not shortages(asked, dataclasses.replace(small, resident=50 * GIB))
 
 
 def test_everything_that_is_short_is_told() -> None:
