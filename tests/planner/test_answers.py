@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from commons.cli import answers
 from commons.cli.flags import judge, read_config, read_request
@@ -108,6 +109,7 @@ def test_planning_flags_of_a_training(flags: tuple[str, ...], told: str) -> None
 
 def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # other tests share this process
     monkeypatch.setattr(measure, "REPEATS", 2)
     monkeypatch.setattr(measure, "WARM_UPS", 1)
     monkeypatch.setattr(measure, "MATMUL_SIZE", {"cpu": 128})
