@@ -77,8 +77,13 @@ def records() -> Iterator[Record]:
 
 def _record(file: Path, environment: dict[str, Any], case: dict[str, Any]) -> Record | None:
     runs = [run for run in case.get("runs", []) if run.get("peak_device_memory_mib")]
-    label, commit = case["label"], str(environment.get("commit", ""))[:7]
-    if not runs or "independent" in label or any(commit == c and words in label for c, words in NOT_PLANNED):
+    label, commit = case.get("label", ""), str(environment.get("commit", ""))[:7]
+    if (
+        not runs
+        or not label
+        or "independent" in label
+        or any(commit == c and words in label for c, words in NOT_PLANNED)
+    ):
         return None
     before = re.search(r"before \((\w+)\)", label)
     commit = before[1] if before else commit
@@ -116,7 +121,7 @@ def planned(record: Record) -> Forecast:
 
 
 def megatron(record: Record) -> float | None:
-    """NVIDIA Megatron-LM's theoretical memory: 18 bytes a parameter, 12 of them shared with a distributed optimizer, and
+    """Megatron-LM: 18 bytes a parameter, 12 of them shared with a distributed optimizer, and
     34 bytes for each of tokens x hidden x layers with fused attention. Not for states on the host.
     https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/theoretical_memory_usage.py
     """
@@ -146,7 +151,7 @@ def deepspeed(record: Record) -> float | None:
 
 
 def eleuther(record: Record) -> float | None:
-    """EleutherAI's "Transformer Math 101": 2 bytes of weights, 4 of gradients and 12 of optimizer for each parameter, and
+    """EleutherAI: 2 bytes of weights, 4 of gradients and 12 of optimizer for each parameter, and
     activations with the scores of attention written out. Not for states on the host.
     https://blog.eleuther.ai/transformer-math/
     """

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
-from commons.cli import planning
+from commons.cli import defaults, planning
 from commons.cli.checks import problems
 from commons.cli.data import prepare
+from commons.cli.defaults import Adapted
 from commons.cli.limits import LIMITS
+from commons.cli.planning import settings_of
 from commons.cli.variables import FLAG_VARIABLES, name_variables, obsolete_notices, without_obsolete
 from commons.cli.wording import count, nearest
 from commons.config.schema import FLAG_GROUPS, TrainConfig
@@ -307,6 +309,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     if tells:
         for line in (*request.notices, *_notices(config, job, environ or {}, runs=not found)):
             print(line, file=sys.stderr, flush=True)
+        if not found and (said := adapt_to_gpu(request.line, config, job.world_size, job.local_world_size).line):
+            print(said, file=sys.stderr, flush=True)
     found = found or prepare(config, lambda line: print(line, file=sys.stderr, flush=True) if tells else None)
     if found:
         if speaks:
@@ -349,7 +353,22 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Re
     found = problems(
         given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size, typed=line.given
     )
-    return given.resolve(device_type, world_size, local_world_size), [*line.problems, *found]
+    config = given.resolve(device_type, world_size, local_world_size)
+    if not found and not line.problems:
+        adapted = adapt_to_gpu(line, config, world_size, local_world_size).settings
+        if adapted:
+            config = dataclasses.replace(given, **adapted).resolve(device_type, world_size, local_world_size)
+            # the user has not asked for these, and whoever wants to know hears so
+            chosen = tuple(name for name in config.as_dict() if not config.asked(name) or name in adapted)
+            config = dataclasses.replace(config, chosen=chosen)
+    return config, [*line.problems, *found]
+
+
+def adapt_to_gpu(line: CommandLine, config: ResolvedConfig, world_size: int, local_world_size: int) -> Adapted:
+    """What this machine's GPU asks for in place of defaults; see commons.cli.defaults."""
+    if config.device != "cuda" or not find_devices("cuda")[1]:
+        return defaults.NOTHING
+    return defaults.adapt(settings_of(line.given), world_size, local_world_size)
 
 
 def find_devices(wanted: str) -> tuple[str, int]:

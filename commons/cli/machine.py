@@ -12,6 +12,7 @@ from commons.cli.layout import smaller_degrees, working_head_counts, works
 from commons.cli.wording import count, either
 from commons.config.auto import compile_problem, graph_problems, peer_problems
 from commons.config.resolved import ResolvedConfig
+from commons.ops import capability
 from commons.plans.colossal.imports import check_version
 from commons.plans.registry import PLANS
 
@@ -102,6 +103,8 @@ def kernels(job: Job) -> Iterator[str]:
         return
     if job.device_type == "cpu" and config.dropout > 0:
         yield "--attention flash has no dropout on a CPU: use --dropout 0, or --attention sdpa"
+    if job.device_type == "cuda" and job.gpu_count and capability.gpu_capability() < capability.AMPERE:
+        yield "--attention flash needs an A100, RTX 30 or newer: use --attention sdpa"
     if job.device_type == "cuda" and config.precision == "fp32":
         yield "--attention flash has no fp32 on a GPU: use --precision bf16, or --attention sdpa"
     if job.shape is not None and job.device_type == "cuda" and job.shape.head_dim > MAX_GPU_HEAD_DIM:
@@ -125,7 +128,7 @@ def fp8(job: Job) -> Iterator[str]:
     elif job.gpu_count:
         import torch
 
-        if torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+        if capability.gpu_capability() < FIRST_CAPABILITY:
             name = torch.cuda.get_device_name()
             yield f"--precision fp8 needs a GPU that has it (RTX 40, L40S, H100 or newer), not {name}: {instead}"
     if config.tp_degree > 1 or config.gemini_hooks == "operation":

@@ -22,6 +22,7 @@ from commons.cli.data import prepare
 from commons.cli.flags import (
     CONFIG_ERROR,
     Request,
+    adapt_to_gpu,
     become_doctor,
     find_devices,
     help_text,
@@ -146,6 +147,9 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
         notices.append(no_gpu_notice(config, nodes.world_size))
     if not found and config.resume:
         notices.extend(_found(config).notices)
+    adapts = not found and not config.auto  # which chooses for itself
+    if adapts and (said := adapt_to_gpu(line, config, nodes.world_size, nodes.ranks_per_node).line):
+        notices.append(said)
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 
 

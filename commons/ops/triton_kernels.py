@@ -11,7 +11,9 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]  (a CPU build of torch comes without)
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-OLDEST_CAPABILITY = (8, 0)  # Ampere, from which on Triton knows bf16
+from commons.ops import capability
+
+OLDEST_CAPABILITY = capability.AMPERE  # from which on Triton knows bf16
 
 
 def _on(grid: int, kernel: Any) -> Any:
@@ -21,7 +23,7 @@ def _on(grid: int, kernel: Any) -> Any:
 
 def fits() -> bool:
     """Whether the current GPU can run them."""
-    return torch.cuda.get_device_capability() >= OLDEST_CAPABILITY
+    return capability.gpu_capability() >= OLDEST_CAPABILITY
 
 
 # --- the loss -------------------------------------------------------------------------------------------------

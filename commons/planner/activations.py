@@ -124,10 +124,11 @@ def _traced(case: BlockCase) -> tuple[Any, Any]:
         passes.extend(cut(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options))
         return passes
 
+    kept: Any = _as_it_is
     run = aot_function(
         _function(case),
-        fw_compiler=_as_it_is,
-        bw_compiler=_as_it_is,
+        fw_compiler=kept,
+        bw_compiler=kept,
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )

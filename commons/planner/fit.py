@@ -41,7 +41,8 @@ def shortages(plan: Forecast, room: Room, local_rank: int = 0) -> list[Short]:
     """What ``plan`` lacks where one rank looked, empty where it fits."""
     ranks, found = plan.ranks_per_host, []
     node = f" of node {room.node}" if room.node else ""
-    host = plan.host_bytes * ranks
+    resident = min(plan.host["process"], room.resident)  # all ranks have loaded what they need by now
+    host = (plan.host_bytes - resident) * ranks
     if room.device is not None:
         needed = plan.device_peak - plan.context  # which is there already
         if needed > room.device:

@@ -11,17 +11,19 @@ import torch
 
 from commons.planner.machines import Machine
 
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 LINK_BYTES = 256 << 20
 ADAM_ELEMENTS = 1 << 24
 REPEATS, WARM_UPS = 10, 3
+MOST_SECONDS = 2.0  # of one rate: a CPU without fp16 takes seconds for a product
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FIRST_BF16 = (8, 0)
 
 
 def measure(machine: Machine, on_rate: Callable[[str, float], object]) -> dict[str, Any]:
-    """The rates of one device and of this host, by the names of commons.planner.rates.Rates; takes some seconds.
+    """The rates of one device and of this host, by the names of commons.planner.rates.Rates; takes some seconds. Without
+    a GPU the device is the whole host, with a thread on each core.
 
     What this machine does not have (a second GPU, a GPU at all) is left out.
 
@@ -29,6 +31,7 @@ def measure(machine: Machine, on_rate: Callable[[str, float], object]) -> dict[s
         on_rate: called with the name and value of each as it is known.
     """
     device = torch.device(machine.device_type)
+    torch.set_num_threads(machine.cores_per_node)  # whatever OMP_NUM_THREADS says: ranks share all of them
     measured: dict[str, Any] = {"matmul_flops": {}}
     for precision, dtype in PRECISIONS.items():
         if precision == "bf16" and machine.gpu is not None and machine.gpu.capability < FIRST_BF16:
@@ -46,15 +49,12 @@ def measure(machine: Machine, on_rate: Callable[[str, float], object]) -> dict[s
         if value is not None:
             measured[name] = value
             on_rate(name, value)
-    if machine.gpu is None:  # a rank has its share of the cores
-        share = 1 / machine.gpus_per_node
-        measured["matmul_flops"] = {name: rate * share for name, rate in measured["matmul_flops"].items()}
-        measured["memory_bandwidth"] *= share
     return measured
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of REPEATS calls, each until the device is done."""
+    """The median of REPEATS calls, each until the device is done; of fewer where they take long."""
+    end = time.perf_counter() + MOST_SECONDS
 
     def once() -> float:
         start = time.perf_counter()
@@ -63,9 +63,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(WARM_UPS):
-        once()
-    return statistics.median(once() for _ in range(REPEATS))
+    taken = [once()]
+    while len(taken) < WARM_UPS + REPEATS and time.perf_counter() < end:
+        taken.append(once())
+    return statistics.median(taken[WARM_UPS:] or taken[-1:])
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -153,10 +153,17 @@ def with_measured(rates: Rates, machine: Machine, path: Path) -> Rates:
         raise CalibrationError(f"the calibration {path} is damaged: {again}")
     if device != device_key(machine):
         raise CalibrationError(f"the calibration {path} is of {device}, and this is {device_key(machine)}: {again}")
+    if machine.gpu is None:  # measured on all cores, of which each rank has its share
+        for name in found.keys() & {"matmul_flops", "memory_bandwidth"}:
+            found[name] = _divided(found[name], machine.gpus_per_node)
     flops = {**rates.matmul_flops, **found.get("matmul_flops", {})}
     if "bf16" in found.get("matmul_flops", {}):
         flops["fp8"] = flops["bf16"] * FP8_SPEEDUP
     return dataclasses.replace(rates, **{**found, "matmul_flops": flops}, measured=tuple(found))
+
+
+def _divided(rate: Any, ranks: int) -> Any:
+    return {name: value / ranks for name, value in rate.items()} if isinstance(rate, Mapping) else rate / ranks
 
 
 def _is_rate(value: Any) -> bool:

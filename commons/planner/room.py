@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from commons.doctor.host import control_group, memory_sizes
 from commons.doctor.machine import Machine
+from commons.ops import capability
 from commons.planner.gpus import GPU_MODELS, GpuModel
 
 
@@ -21,6 +22,7 @@ class Room:
         shared_memory: free in /dev/shm.
         memlock: what one process may lock; None: any amount.
         node: which machine it is, of the job's.
+        resident: what this process has of the host's memory already, and so is not in ``host``.
     """
 
     gpu: GpuModel | None
@@ -30,6 +32,7 @@ class Room:
     shared_memory: int | None
     memlock: int | None
     node: int = 0
+    resident: int = 0
 
 
 def find_room(on_gpu: bool, local_rank: int = 0, node: int = 0, machine: Machine | None = None) -> Room:
@@ -46,7 +49,13 @@ def find_room(on_gpu: bool, local_rank: int = 0, node: int = 0, machine: Machine
         shared_memory=None if disk is None else disk.free_bytes,
         memlock=None if soft == resource.RLIM_INFINITY else soft,
         node=node,
+        resident=_resident(machine),
     )
+
+
+def _resident(machine: Machine) -> int:
+    fields = (machine.read("/proc/self/statm") or "").split()
+    return int(fields[1]) * resource.getpagesize() if len(fields) > 1 else 0
 
 
 def host_room(machine: Machine) -> tuple[int, str]:
@@ -76,7 +85,8 @@ def gpu_here(index: int = 0) -> GpuModel:
 
     seen = torch.cuda.get_device_properties(index)
     known = next((model.name for model in GPU_MODELS.values() if model.device_name == seen.name), seen.name)
-    return GpuModel(known, seen.total_memory, (seen.major, seen.minor), seen.name)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return GpuModel(known, int(seen.total_memory * share), capability.gpu_capability(index), seen.name)
 
 
 def _device_room(index: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from commons.cli import answers
 from commons.cli.flags import judge, read_config, read_request
@@ -33,6 +34,9 @@ def ask(*flags: str, ranks: int = 2) -> int:
             "--auto has nothing to choose, since everything is given",
         ),
         (("--plan_for", "2 x H100", "--auto", "--seq_len", "5000"), "1024 positions"),
+        (("--plan_for", "2 x H100", "--auto", "--model_type", "gpt2_xxl"), "did you mean gpt2_xl"),
+        (("--plan_for", "2 x H100", "--auto", "--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--dry_run", "--device", "cpu", "--auto", "--pp_degree", "-2"), "--pp_degree must be at least 1"),
         (("--calibrate", "--auto", "--plan_for", ""), "--calibrate measures and does nothing else"),
     ],
 )
@@ -70,6 +74,12 @@ def test_the_best_layout_for_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "short on the" in capsys.readouterr().out
 
 
+def test_gpus_without_bf16_are_planned_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--plan_for", "1 x T4, 64 GiB host", "--model_type", "gpt2_small", "--batch_size", "1", "--json")
+    assert ask(*flags) == 0
+    assert json.loads(capsys.readouterr().out)["given"]["precision"] == "fp16"
+
+
 def test_both_entry_points_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["--plan_for", "nothing"]) == 2
     with pytest.raises(SystemExit) as exit_code:
@@ -99,6 +109,7 @@ def test_planning_flags_of_a_training(flags: tuple[str, ...], told: str) -> None
 
 def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # other tests share this process
     monkeypatch.setattr(measure, "REPEATS", 2)
     monkeypatch.setattr(measure, "WARM_UPS", 1)
     monkeypatch.setattr(measure, "MATMUL_SIZE", {"cpu": 128})
