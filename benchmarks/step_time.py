@@ -1,4 +1,4 @@
-"""The planner's step times beside the measured ones: `python -m benchmarks.step_time [--json]`
+"""The planner's step times beside the measured ones: `python -m benchmarks.step_time [--json | --held_out]`
 
 Takes every record of a GPU run with a step time in benchmarks/results, forecasts the same configuration, and prints
 both with the error. Records of the code's present state are those that the model's constants were fitted to; older ones
@@ -8,20 +8,23 @@ were slower code, and are shown beside them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import random
 import re
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from commons.cli.flags import read_value
+from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.planner.machines import USUAL_CORES_PER_GPU, USUAL_NODE_LINK, Machine, find_gpu, resolve_for
 from commons.planner.rates import default_rates
-from commons.planner.step_time import StepTime, forecast_step
+from commons.planner.step_time import FITTED, Fitted, StepTime, forecast_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # From the commit that captured Gemini's passes on several GPUs; torch's plans were captured at the last of them.
@@ -49,7 +52,7 @@ class Record:
         plan = "Pytorch" if "Pytorch" in self.flags else ""
         return self.commit in FITTED_COMMITS and (plan, self.commit) not in GONE
 
-    def forecast(self) -> StepTime:
+    def job(self) -> tuple[ResolvedConfig, Machine]:
         words = shlex.split(self.flags)
         hints = get_type_hints(TrainConfig)
         given = {
@@ -58,7 +61,11 @@ class Record:
         }
         cores = USUAL_CORES_PER_GPU * self.ranks
         machine = Machine(1, self.ranks, find_gpu(self.gpu), None, USUAL_NODE_LINK, cores)
-        return forecast_step(resolve_for(TrainConfig(**given), machine), machine, default_rates(machine))
+        return resolve_for(TrainConfig(**given), machine), machine
+
+    def forecast(self) -> StepTime:
+        config, machine = self.job()
+        return forecast_step(config, machine, default_rates(machine))
 
 
 def read_records(folder: Path = RESULTS) -> Iterator[Record]:
@@ -118,10 +125,59 @@ def summary(rows: list[tuple[Record, StepTime]], what: str) -> str:
     )
 
 
+# Where the search for the constants begins, far from what it finds, and how far it goes.
+FREE = {
+    "matmul": (0.9, 0.8, 1.0),
+    "attention": (0.65, 0.4, 0.9),
+    "forward_passes": (19.0, 8.0, 30.0),
+    "backward_passes": (40.0, 20.0, 60.0),
+    "nccl": (0.45, 0.2, 0.7),
+}
+TRIES = 1500
+
+
+def fit(jobs: Sequence[tuple[ResolvedConfig, Machine, float]]) -> Fitted:
+    """The constants of FREE with the least squared error over ``jobs`` and their measured seconds, by a random walk."""
+    numbers = random.Random(0)
+    best = dataclasses.replace(FITTED, **{name: start for name, (start, _, _) in FREE.items()})
+    least = sum(_error(best, *job) ** 2 for job in jobs)
+    for _ in range(TRIES):
+        changed = {}
+        for name in numbers.sample(list(FREE), numbers.choice([1, 2])):
+            _, low, high = FREE[name]
+            moved = getattr(best, name) + numbers.gauss(0, (high - low) * numbers.choice([0.03, 0.15]))
+            changed[name] = min(high, max(low, moved))
+        tried = dataclasses.replace(best, **changed)
+        error = sum(_error(tried, *job) ** 2 for job in jobs)
+        if error < least:
+            best, least = tried, error
+    return best
+
+
+def _error(constants: Fitted, config: ResolvedConfig, machine: Machine, seconds: float) -> float:
+    return forecast_step(config, machine, default_rates(machine), constants).seconds / seconds - 1
+
+
+def held_out() -> Iterator[str]:
+    """How well constants fitted to all other sizes foretell the records of one, a line per size."""
+    jobs = [(*record.job(), record.seconds) for record in read_records() if record.fitted]
+    for size in dict.fromkeys(config.model_type for config, _, _ in jobs):
+        constants = fit([job for job in jobs if job[0].model_type != size])
+        errors = sorted(abs(_error(constants, *job)) for job in jobs if job[0].model_type == size)
+        yield (
+            f"{size}, {len(errors)} records, fitted without them: median error"
+            f" {100 * statistics.median(errors):.1f} %, largest {100 * errors[-1]:.1f} %"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="a list of records instead of tables")
+    parser.add_argument("--held_out", action="store_true", help="foretell each size by constants fitted to the others")
     arguments = parser.parse_args()
+    if arguments.held_out:
+        print("\n".join(held_out()))
+        return
     rows = [(record, record.forecast()) for record in read_records()]
     if arguments.json:
         fields = [{**vars(record), "fitted": record.fitted, "forecast": vars(time)} for record, time in rows]

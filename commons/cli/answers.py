@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from commons.cli import flags
 from commons.cli.checks import problems
+from commons.cli.defaults import by_age
 from commons.cli.planning import PLANNING, settings_of, wrong_flags
 from commons.cli.variables import name_variables
 from commons.config.schema import TrainConfig
@@ -88,6 +89,11 @@ def plan(given: Mapping[str, Any], machine: Machine, judge: choose.Judge, *, aut
     return Answer(0 if chosen else NOT_FITTING)
 
 
+def for_its_age(given: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    """``given``, and the precision that the machine's GPUs have, where none was given."""
+    return {**given, **(by_age(given, machine.gpu).settings if machine.gpu is not None else {})}
+
+
 def as_given(given: Mapping[str, Any], machine: Machine, rates: Rates) -> Search:
     """A search of one layout, the one that was asked for."""
     config = resolve_for(TrainConfig(**given), machine)
@@ -154,6 +160,7 @@ def _answer(line: CommandLine, world_size: int, local_world_size: int) -> Answer
             return Answer(WRONG, wrong) if wrong else Answer(calibrate(machine))
     if wrong:
         return Answer(WRONG, wrong)
+    settings = for_its_age(settings, machine)
     return plan(settings, machine, judge, auto=bool(given.get("auto")), as_json=bool(given.get("json")))
 
 

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
+from commons.cli.wording import unknown
 from commons.config.schema import PlanningFlags
 from commons.planner.choose import nothing_open
 from commons.planner.machines import parse_machine
+from commons.plans.registry import PLANS
+from model_zoo import MODEL_SIZES
 
 if TYPE_CHECKING:
     from commons.cli.flags import CommandLine
@@ -36,9 +39,22 @@ def planning(job: Job) -> Iterator[str]:
 
 
 def wrong_flags(line: CommandLine) -> list[str]:
-    """What is wrong with the planning flags of a command line, where the other settings are not judged yet."""
-    limit, minutes = LIMITS["auto_minutes"], line.given.get("auto_minutes", 0.0)
-    found = (nothing_open(line.given, line.config().distplan), number_problem("auto_minutes", minutes, limit))
+    """What is wrong whatever --auto chooses, where the settings as a whole are not judged yet: names that do not exist,
+    numbers out of their ranges, and nothing to choose.
+    """
+    config = line.config()
+    names = (("model_type", MODEL_SIZES), ("distplan", PLANS))
+    unknowns = [
+        unknown(name, line.given[name], known)
+        for name, known in names
+        if name in line.given and line.given[name] not in known
+    ]
+    numbers = [
+        number_problem(name, value, LIMITS[name])
+        for name, value in line.given.items()
+        if name in LIMITS and value is not None
+    ]
+    found = (*unknowns, *numbers, nothing_open(line.given, config.distplan))
     return [problem for problem in found if problem]
 
 

@@ -29,7 +29,7 @@ def choose_layout(launch: Launch) -> Launch | int:
     """
     nodes, config = launch.nodes, launch.config
     machine = this_machine(nodes.count, nodes.ranks_per_node, config.device)
-    given = planning.settings_of(launch.given)
+    given = answers.for_its_age(planning.settings_of(launch.given), machine)
     try:
         rates = rates_of(machine)
     except CalibrationError as error:

@@ -134,7 +134,8 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     found = [name_variables(problem, environ, request.flags) for problem in found]
     if not found and config.device == "cpu" and line.config().device == "auto":
         notices.append(no_gpu_notice(config, nodes.world_size))
-    if not found and (said := adapt_to_gpu(line, config, nodes.world_size, nodes.ranks_per_node).line):
+    adapts = not found and not config.auto  # which chooses for itself
+    if adapts and (said := adapt_to_gpu(line, config, nodes.world_size, nodes.ranks_per_node).line):
         notices.append(said)
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 

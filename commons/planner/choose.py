@@ -46,15 +46,14 @@ RECOMPUTE = ("off", "selective", "on")
 FRACTIONS = (
     (1.0, 0.0, 0.0),
     (0.0, 0.0, 0.0),
-    (1.0, 0.25, 0.0),
-    (1.0, 0.5, 0.0),
-    (1.0, 0.75, 0.0),
-    (1.0, 1.0, 0.0),
+    *((1.0, tenths / 10, 0.0) for tenths in (2, 4, 5, 6, 7, 8, 9, 10)),
     (1.0, 1.0, 0.5),
     (1.0, 1.0, 1.0),
 )
 # What need not be said, since it is so without being said.
 UNSAID = {"tp_degree": 1, "pp_degree": 1, "offload_optim_frac": 0.0, "offload_param_frac": 0.0}
+# On one rank nothing is sharded: these do what Pytorch_DDP and CAI_ZeRO1 do.
+ALIKE_ALONE = ("Pytorch_ZeRO", "CAI_ZeRO2")
 MICROBATCHES_PER_STAGE = (1, 2, 4, 8)
 CLOSE = 0.01  # of the speed: what a smaller batch may cost
 WANTED = 6  # layouts that fit, for the table and the trials
@@ -222,6 +221,9 @@ class _Looking:
 
     def _ask(self, layout: Candidate) -> None:
         lacking = shortfall(layout.memory, self._asked.machine)
+        if lacking and not self._asked.exact and not self.best:  # that nothing fits is not said on a rough guess
+            layout = dataclasses.replace(layout, memory=self._asked.exactly(layout.config))
+            lacking = shortfall(layout.memory, self._asked.machine)
         if lacking:
             self.result.too_large += 1
             _remember_failure(layout, self._failed)
@@ -243,6 +245,14 @@ class _Looking:
         result.complete = self._asked.exact
         result.fitting = sorted(self.best.values(), key=lambda layout: -layout.time.tokens_per_second)
         return result
+
+    def _smallest(self, ranked: Sequence[Candidate]) -> Candidate | None:
+        """The layout that can run and needs least of the device at least, with its memory."""
+        fewest = sorted(ranked, key=lambda layout: least_device_bytes(layout.config, self._asked.machine))
+        for layout in fewest[:MOST_JUDGED]:
+            if not self._verdicts.on(layout):
+                return dataclasses.replace(layout, memory=self._asked.forecast(layout.config))
+        return None
 
 
 def _is_close(layout: Candidate, best: Candidate) -> bool:
@@ -297,6 +307,9 @@ class _AskedMemory:
     def forecast(self, config: ResolvedConfig) -> Forecast:
         self.exact = self.exact and time.monotonic() < self._end
         return self._memory(config, self.machine, not self.exact)
+
+    def exactly(self, config: ResolvedConfig) -> Forecast:
+        return self._memory(config, self.machine, False)
 
     def cannot_fit(self, layout: Candidate) -> bool:
         """Whether the device has too little for it, by two forecasts of the same with other batches."""
@@ -357,8 +370,9 @@ def candidates(given: Settings, machine: Machine, rates: Rates) -> Iterator[Cand
     config = TrainConfig(**given)
     open_names = [name for name in SEARCHED if name not in given]
     plans = [plan for plan in PLANS.values() if "distplan" not in given or plan.name == given["distplan"]]
+    alone = machine.world_size == 1
     for plan in plans:
-        if config.precision not in plan.precisions:
+        if config.precision not in plan.precisions or (plan.name in ALIKE_ALONE and len(plans) > 1 and alone):
             continue
         for layout in _layouts(plan, given, machine):
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ LATE = "its time was over before a step counted"
 NO_TIME = "not tried: --auto_minutes were over"
 # Settings of a trial: what is computed, not how long, where it is logged or what is kept of it.
 TRIAL_GROUPS = (ModelFlags, PlanFlags, BatchFlags, OptimizerFlags, MachineFlags)
+ALSO_TRIED = ("no_preflight",)
 NOT_TRIED = ("train_step", "warmup_step", "lr_warmup_step", "lr_schedule", "max_restarts", "max_bad_steps")
 
 
@@ -129,7 +129,8 @@ def trial_steps(layout: Candidate, seconds: float) -> tuple[int, int]:
 
 def trial_flags(given: Mapping[str, Any], layout: Candidate, seconds: float, log_dir: Path) -> list[str]:
     """The launcher's flags for a trial."""
-    names = {name for group in TRIAL_GROUPS for name in group.__dataclass_fields__} - set(NOT_TRIED)
+    names = {name for group in TRIAL_GROUPS for name in group.__dataclass_fields__}
+    names = names - set(NOT_TRIED) | set(ALSO_TRIED)
     steps, settling = trial_steps(layout, seconds)
     settings = {
         **{name: value for name, value in given.items() if name in names},
@@ -192,9 +193,3 @@ def read_trial(layout: Candidate, run_dir: Path, returncode: int, in_time: bool)
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0][:200] if text.strip() else ""
-
-
-def median_speed(trials: Sequence[Trial]) -> float | None:
-    """The median of the model's error over the trials that trained: measured to forecast step."""
-    ratios = [trial.step_seconds / trial.candidate.time.seconds for trial in trials if trial.step_seconds]
-    return statistics.median(ratios) if ratios else None

@@ -33,6 +33,9 @@ def ask(*flags: str, ranks: int = 2) -> int:
             "--auto has nothing to choose, since everything is given",
         ),
         (("--plan_for", "2 x H100", "--auto", "--seq_len", "5000"), "1024 positions"),
+        (("--plan_for", "2 x H100", "--auto", "--model_type", "gpt2_xxl"), "did you mean gpt2_xl"),
+        (("--plan_for", "2 x H100", "--auto", "--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--dry_run", "--device", "cpu", "--auto", "--pp_degree", "-2"), "--pp_degree must be at least 1"),
         (("--calibrate", "--auto", "--plan_for", ""), "--calibrate measures and does nothing else"),
     ],
 )
@@ -68,6 +71,12 @@ def test_the_best_layout_for_them(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ("--plan_for", "2 x RTX-4060-8GB, 16 GiB host", "--model_type", "gpt2_10b", "--auto", *batch)
     assert ask(*tiny) == answers.NOT_FITTING
     assert "short on the" in capsys.readouterr().out
+
+
+def test_gpus_without_bf16_are_planned_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--plan_for", "1 x T4, 64 GiB host", "--model_type", "gpt2_small", "--batch_size", "1", "--json")
+    assert ask(*flags) == 0
+    assert json.loads(capsys.readouterr().out)["given"]["precision"] == "fp16"
 
 
 def test_both_entry_points_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from commons.planner.choose import (
 )
 from commons.planner.gpus import GIB
 from commons.planner.machines import Machine, parse_machine
-from commons.planner.memory import Forecast
+from commons.planner.memory import DEVICE_KINDS, HOST_KINDS, Forecast
 from commons.planner.rates import rates_of
 from commons.planner.trials import LATE, NO_TIME, Trial
 from commons.plans.registry import PLANS
@@ -41,8 +41,10 @@ def simulated(device_gib_a_sequence: float, host_gib: float = 1.0) -> Any:
         share = {"off": 1.0, "selective": 0.5, "on": 0.125}[config.activation_checkpointing]
         device = int(device_gib_a_sequence * GIB * config.batch_size * share) + GIB
         host = int(host_gib * GIB * (1 + 100 * config.offload_optim_frac))
-        peak = {"parameters": GIB, "activations": device - GIB}
-        return Forecast({"parameters": GIB}, peak, "backward", {"process": host}, 0, 0, machine.gpus_per_node)
+        rest = {**dict.fromkeys(DEVICE_KINDS, 0), "parameters": GIB}
+        taken = {**dict.fromkeys(HOST_KINDS, 0), "process": host}
+        peak = {**rest, "activations": device - GIB}
+        return Forecast(rest, peak, "backward", taken, 0, 0, machine.gpus_per_node)
 
     return memory
 
@@ -116,6 +118,20 @@ def test_nothing_fits() -> None:
     assert "GiB short on the device" in choice_table.short_sentence(result.nearest, H100)
     host = found(H100, simulated(0.1, host_gib=500.0), model_type="gpt2_medium")
     assert not host.fitting and host.nearest and "on the host" in choice_table.short_sentence(host.nearest, H100)
+    small = parse_machine("RTX-4060-8GB")  # states alone are too large: no forecast is needed to know it
+    far = found(small, simulated(100.0), model_type="gpt2_10b", distplan="Pytorch_DDP")
+    assert not far.fitting and far.nearest and far.nearest.memory and far.too_large == far.considered
+
+
+def test_a_rough_guess_does_not_say_that_nothing_fits() -> None:
+    exact = simulated(1.0)
+
+    def memory(config: ResolvedConfig, machine: Machine, rough: bool) -> Forecast:
+        return (simulated(1000.0) if rough else exact)(config, machine, rough)
+
+    given = {"model_type": "gpt2_medium"}
+    late = search(given, H100, rates_of(H100), judge_on(H100), memory=memory, seconds=0.0)
+    assert late.fitting and not late.complete
 
 
 def test_what_cannot_run_says_why() -> None:

@@ -32,7 +32,7 @@ def test_descriptions(text: str, nodes: int, per_node: int, gpu: str, host_gib: 
     machine = parse_machine(text)
     assert machine.gpu is not None and not machine.at_hand
     assert (machine.nodes, machine.gpus_per_node, machine.gpu.name) == (nodes, per_node, gpu)
-    assert machine.host_bytes is None if host_gib is None else machine.host_bytes // GIB == host_gib
+    assert (machine.host_bytes and machine.host_bytes // GIB) == host_gib
     assert machine.node_link == pytest.approx(gbits * 1e9 / 8)
     again = parse_machine(machine.describe())
     assert (again.nodes, again.gpus_per_node, again.gpu) == (nodes, per_node, machine.gpu)
