@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import median_and_range
+from benchmarks.report.tables import median_and_range
 from commons.reporting.environment import describe_environment
 
 ROWS, INNER, WIDTH = 16384, 6400, 1600

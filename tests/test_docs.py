@@ -16,8 +16,7 @@ from mutation.targets import TARGETS
 from suite_runs import launch
 
 from benchmarks.images import PANELS, RESULTS
-from benchmarks.speed import COLUMNS
-from benchmarks.speed import SETS as SPEED_SETS
+from benchmarks.report.tables import COLUMNS
 from benchmarks.sweep.grid import ready_made
 from commons.cli.checks import problems
 from commons.cli.flags import DOCTOR_FLAGS, read_request
@@ -197,6 +196,8 @@ def wrong_with(command: str) -> list[str]:
             )
         case ["bash", ".ci/run"] | ["bash", ".ci/run", "lint"]:
             return []
+        case ["pip", "install", "-r", name]:
+            return [] if (REPOSITORY / name).exists() else [f"no {name}"]
         case ["cd", folder]:
             return [] if (REPOSITORY / folder).is_dir() else [f"no folder {folder}"]
         case ["bash", "benchmark_gemini.sh", *arguments]:
@@ -253,8 +254,6 @@ def wrong_benchmark(module: str, arguments: Sequence[str]) -> list[str]:
     found = unknown(arguments, known)
     if module == "benchmarks.sweep" and arguments and not arguments[0].startswith("-"):
         found += [] if arguments[0] in ready_made() else [f"no sweep {arguments[0]}"]
-    if module == "benchmarks.speed" and arguments and not arguments[0].startswith("-"):
-        found += [] if arguments[0] in SPEED_SETS else [f"no set {arguments[0]}"]
     return found
 
 
@@ -287,12 +286,12 @@ def test_commands_work(page: str, command: str) -> None:
         ("bash run_tests.sh tests/test_nothing.py", "test_nothing"),
         ("bash run_tests.sh --smok", "--smok"),
         ("bash run_tests.sh --mutate shedule", "shedule"),
-        ("python -m benchmarks.speed plains", "plains"),
         ("python -m benchmarks.sweep plains", "plains"),
         ("bash benchmark_gemini.sh quick --no_such_flag 1", "--no_such_flag"),
         ("python -m benchmarks.parity --to my_parity", "--to"),
         ("python -m benchmarks.nothing", "benchmarks.nothing"),
         ("cd nowhere", "nowhere"),
+        ("pip install -r requirements-reports.txt", "requirements-reports.txt"),
         ("make all", "nobody judges"),
     ],
 )
@@ -343,7 +342,7 @@ def test_every_page_is_linked() -> None:
 
 
 # Not flags of a training.
-OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list", "mutate", "only", "out", "retry"}
+OTHER_FLAGS = {"help", "doctor", "json", "failure", "dev", "smoke", "list", "mutate", "only", "out", "retry", "before"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/troubleshooting.md"])

@@ -90,6 +90,7 @@ def _layout(x: str, y: str, rows: int = 0, **more: Any) -> dict[str, Any]:
 def _bars_layout(x: str, labels: int) -> dict[str, Any]:
     layout = _layout(x, "", labels, barmode="stack")
     layout["yaxis"] = _axis("", autorange="reversed", type="category")
+    layout["legend"] = {**layout["legend"], "traceorder": "normal"}
     return layout
 
 

@@ -90,8 +90,8 @@ def _document(title: str, body: str, cells: Sequence[Cell], figures: Sequence[Fi
 
 
 def _json(value: object) -> str:
-    """For a script element, which "</" would end."""
-    return json.dumps(value, separators=(",", ":"), sort_keys=True).replace("</", "<\\/")
+    """For a script element, which markup inside of a text could end."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).replace("<", "\\u003c")
 
 
 def _section(anchor: str, heading: str, content: str) -> str:

@@ -57,19 +57,19 @@ def median_and_range(values: Sequence[float | None], factor: float, digits: int)
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
-HEADS = ("configuration", "runs", *COLUMNS, "parity", "device", "commit")
+HEADS = ("configuration", "runs", "parity", *COLUMNS, "device", "commit")
 
 
 def row(cell: Cell) -> list[str]:
     """A cell's row: medians over runs of the medians over steps, with the range of the runs."""
     summaries = [dict(run.summary) for run in cell.timed]
     figures = [show(summaries) if summaries else cell.first.state for show in COLUMNS.values()]
-    return [cell.label, str(len(cell.timed)), *figures, cell.parity, cell.card, cell.first.commit]
+    return [cell.label, str(len(cell.timed)), cell.parity, *figures, cell.card, cell.first.commit]
 
 
 def markdown(cells: Sequence[Cell], found: Found) -> str:
     """The table, and below it what was skipped and what could not be read."""
-    lines = [f"| {' | '.join(HEADS)} |", f"| --- |{' ---: |' * (len(COLUMNS) + 1)} --- | --- | --- |"]
+    lines = [f"| {' | '.join(HEADS)} |", f"| --- | ---: | --- |{' ---: |' * len(COLUMNS)} --- | --- |"]
     lines += [f"| {' | '.join(row(cell))} |" for cell in cells]
     lines += ["", *(f"- skipped: {skipped.label}: {skipped.why}" for skipped in found.skipped)] if found.skipped else []
     lines += ["", *(f"- missing: {problem}" for problem in found.problems)] if found.problems else []

@@ -18,9 +18,10 @@ from benchmarks.sweep import command
 from benchmarks.sweep.cell import Cell, Machine
 from benchmarks.sweep.grid import SweepError, find_sweep, read_sweep, ready_made
 from benchmarks.sweep.limits import reason_to_skip
-from benchmarks.sweep.process import environment_of
+from benchmarks.sweep.process import JOB_VARIABLES, environment_of
 from benchmarks.sweep.progress import duration
 from benchmarks.sweep.runs import Run, read_json, state_of
+from commons.launch import launcher
 from commons.plans.registry import PLANS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -241,6 +242,7 @@ def test_the_users_variables_do_not_change_a_cell(tmp_path: Path) -> None:
     run = Run(Cell("a", {}, 2, "1"), "run-1", tmp_path)
     environ = environment_of(run, {"DISTPLAN": "x", "BATCH_SIZE": "1", "NNODES": "2", "HOME": "/h", "GPUNUM": "8"})
     assert environ == {"HOME": "/h", "GPUNUM": "2", "CUDA_VISIBLE_DEVICES": "1"}
+    assert set(JOB_VARIABLES) == set(launcher.JOB_VARIABLES)
 
 
 def test_durations() -> None:
