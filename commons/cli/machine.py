@@ -98,7 +98,10 @@ def kernels(job: Job) -> Iterator[str]:
             " them up twice: use --activation_checkpointing on, or off"
         )
     if config.check_parity and config.dropout > 0:
-        yield "--check_parity needs a run without randomness: use --dropout 0, or remove it"
+        yield (
+            "--check_parity cannot follow --dropout: attention kernels and compiled blocks draw masks that the"
+            " reference cannot draw again: use --dropout 0, or remove it"
+        )
     if config.attention != "flash":
         return
     if job.device_type == "cpu" and config.dropout > 0:

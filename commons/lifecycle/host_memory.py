@@ -33,25 +33,29 @@ def read_file(path: str) -> str | None:
 class ControlGroup:
     """The tightest memory limit on the way from this process's control group to the root; None is unlimited.
 
-    limit_file: where that limit stands; used_bytes: of its group; oom_kills: in this process's own group, None where
-        the kernel does not count them.
+    limit_file: where that limit stands; used_bytes: of its group; oom_kills: in this process's own group.
     """
 
     version: int
     limit_bytes: int | None = None
     limit_file: str = ""
     used_bytes: int = 0
-    oom_kills: int | None = None
+    oom_kills: int = 0
 
 
 def control_group(read: Read = read_file) -> ControlGroup | None:
     """https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html for version 1."""
+    found = _version_and_folders(read)
+    return None if found is None else _read_group(read, *found)
+
+
+def _version_and_folders(read: Read) -> tuple[int, list[str]] | None:
     rows = [line.split(":", 2) for line in (read("/proc/self/cgroup") or "").splitlines()]
     paths = {name: row[2] for row in rows if len(row) == 3 for name in row[1].split(",")}
     if read("/sys/fs/cgroup/cgroup.controllers") is not None:
-        return _read_group(read, 2, _folders("/sys/fs/cgroup", paths.get("", "/")))
+        return 2, _folders("/sys/fs/cgroup", paths.get("", "/"))
     if "memory" in paths:
-        return _read_group(read, 1, _folders("/sys/fs/cgroup/memory", paths["memory"]))
+        return 1, _folders("/sys/fs/cgroup/memory", paths["memory"])
     return None
 
 
@@ -62,15 +66,14 @@ def _folders(mount: str, path: str) -> list[str]:
 
 
 def _read_group(read: Read, version: int, places: list[str]) -> ControlGroup:
-    limit_name, used_name, counters = MEMORY_FILES[version]
+    limit_name, used_name, _ = MEMORY_FILES[version]
     limits = {place: _read_number(read, f"{place}/{limit_name}") for place in places}
-    kills = re.search(r"^oom_kill (\d+)$", read(f"{places[0]}/{counters}") or "", re.MULTILINE)
-    oom_kills = int(kills[1]) if kills else None
+    kills = _counted_kills(read(f"{places[0]}/{MEMORY_FILES[version][2]}")) or 0
     limit, place = min(((limit, place) for place, limit in limits.items() if limit is not None), default=(None, ""))
     if limit is None:
-        return ControlGroup(version, oom_kills=oom_kills)
+        return ControlGroup(version, oom_kills=kills)
     used = _read_number(read, f"{place}/{used_name}") or 0
-    return ControlGroup(version, limit, f"{place}/{limit_name}", used, oom_kills)
+    return ControlGroup(version, limit, f"{place}/{limit_name}", used, kills)
 
 
 def _read_number(read: Read, path: str) -> int | None:
@@ -88,8 +91,13 @@ def oom_kills(read: Read = read_file) -> int:
     """Processes that the kernel has killed for lack of memory so far: in this process's control group, or where that
     counts none, on this machine (since Linux 4.13).
     """
-    group = control_group(read)
-    if group is not None and group.oom_kills is not None:
-        return group.oom_kills
-    found = re.search(r"^oom_kill (\d+)$", read("/proc/vmstat") or "", re.MULTILINE)
-    return int(found[1]) if found else 0
+    found = _version_and_folders(read)
+    counters = [] if found is None else [f"{found[1][0]}/{MEMORY_FILES[found[0]][2]}"]
+    counted = (_counted_kills(read(path)) for path in (*counters, "/proc/vmstat"))
+    return next((kills for kills in counted if kills is not None), 0)
+
+
+def _counted_kills(counters: str | None) -> int | None:
+    """Of a file of counters, a name and a number a line."""
+    found = re.search(r"^oom_kill (\d+)$", counters or "", re.MULTILINE)
+    return int(found[1]) if found else None

@@ -19,7 +19,8 @@ https://github.com/hpcaitech/ColossalAI/blob/v0.5.0/colossalai/zero/gemini/chunk
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from colossalai.zero.gemini.chunk.chunk import alloc_storage, free_storage, is_s
 
 from commons.distributed.peer_copies import PeerCopies
 from commons.ops.gradient_norm import sum_of_squares
+from commons.ops.pinned_memory import pinned_empty
 
 CONSTRUCTED_IN = ("colossalai.zero.gemini.chunk.manager", "colossalai.zero.gemini.chunk.chunk")
 
@@ -136,14 +138,40 @@ class SuiteChunk(Chunk):
     # --- between device and host
 
     def shard_move(self, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None:
-        """What has moved to the host no longer takes device memory."""
+        """What has moved to the host no longer takes device memory. A chunk that is pinned gets its place on the host
+        when it first moves there, and keeps it; upstream gives one to every chunk, also to those that never move.
+        """
+        if self.pin_memory and device.type == "cpu" and self.cuda_shard is not None and self.cpu_shard is None:
+            self.cpu_shard = pinned_empty(self.shard_size, self.dtype)
+            self.cpu_vis_flag = False  # nothing is in it yet
         super().shard_move(device, force_copy, non_blocking)
         self._free_if_away()
 
     def close_chunk(self) -> None:
         """The same for a chunk that begins its life on the host."""
-        super().close_chunk()
+        with self._unpinned():
+            super().close_chunk()
+        if self.pin_memory and self.cpu_shard is not None:
+            pageable: Any = self.cpu_shard
+            self.cpu_shard = pinned_empty(self.shard_size, self.dtype)
+            self.cpu_shard.copy_(pageable)
         self._free_if_away()
+
+    def init_grad_chunk(self) -> Chunk:
+        """Upstream's, without memory on the host before the gradients move there."""
+        with self._unpinned():
+            gradients = super().init_grad_chunk()
+        gradients.pin_memory = self.pin_memory
+        return gradients
+
+    @contextmanager
+    def _unpinned(self) -> Iterator[None]:
+        """Inside, upstream pins nothing for this chunk: torch would round it up to a power of two."""
+        pins, self.pin_memory = self.pin_memory, False
+        try:
+            yield
+        finally:
+            self.pin_memory = pins
 
     def _free_if_away(self) -> None:
         if not self._is_alone or self.cuda_shard is not None or self.is_gathered:
