@@ -275,7 +275,7 @@ BELOW = (
     (1, Stop("doctor", "diagnose", ("what is wrong with", "this machine"))),
     (2, Stop("distributed", "Device", ("process group, places,", "copies between GPUs"))),
     (3, Stop("model", "gpt2_functions", ("GPT-2 as functions,", "compiled, captured"))),
-    (4, Stop("data", "random_tokens", ("batches of tokens,", "seeded per rank"))),
+    (4, Stop("data", "random_tokens", ("batches of tokens,", "seeded per sample"))),
 )
 
 

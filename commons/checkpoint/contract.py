@@ -107,10 +107,10 @@ def _words(fingerprint: Mapping[str, Any]) -> str:
 
 
 def changes(checkpoint: Checkpoint, config: ResolvedConfig) -> list[str]:
-    """Settings that differ from those of the checkpoint's run and may, in words."""
+    """Settings that differ from those of the checkpoint's run and may, in words; not what was chosen for the user."""
     was, now = checkpoint.state["settings"], config.as_dict()
     return [
         f"--{name} {now[name]} (was {was[name]})"
         for name in now
-        if name not in (*OF_THE_RUN, *FIXED) and name in was and was[name] != now[name]
+        if name not in (*OF_THE_RUN, *FIXED) and config.asked(name) and name in was and was[name] != now[name]
     ]

@@ -27,7 +27,8 @@ def moments_of(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tenso
 
 def _local(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class _AdamWHolder:
