@@ -34,6 +34,7 @@ class HostCopy:
         self._host_done = threading.Event()
         self._host_done.set()
 
+    @torch.no_grad()
     def begin(self, pieces: Sequence[StatePiece]) -> list[tuple[StatePiece, Box, torch.Tensor]]:
         """Begin to copy the states as they are now.
 
@@ -58,6 +59,7 @@ class HostCopy:
                 self._event.record()
         return placed
 
+    @torch.no_grad()
     def complete(self) -> None:
         """For the writer's thread: copy what lies on the host, and wait for the rest."""
         try:

@@ -172,7 +172,7 @@ def write_summary(
 
 
 def conclude(run_dir: Path, config: ResolvedConfig, ended: Ended, attempt: int, *, replace: bool) -> int:
-    """For the launcher, when all ranks have ended: summary.json from metrics.jsonl. Returns the steps done.
+    """For the launcher, when all ranks have ended: summary.json from metrics.jsonl. Returns the last step done.
 
     Args:
         replace: rank 0 can have known less about the end than the launcher does; False: only if it left none.
@@ -181,4 +181,4 @@ def conclude(run_dir: Path, config: ResolvedConfig, ended: Ended, attempt: int, 
     if replace or not (run_dir / "summary.json").exists():
         with contextlib.suppress(OSError):  # the disk that is full may be what the run ended for
             write_summary(run_dir, records, config, ended, attempt)
-    return len(records)
+    return records[-1].step if records else 0
