@@ -14,7 +14,7 @@ from commons.checkpoint.files import STATE_FILE, CheckpointError
 from commons.checkpoint.store import CHECKPOINTS, Checkpoint, checkpoint_folders, newest_whole, verified
 from commons.config.gpt2_folder import CONFIG_FILE, is_gpt2_config, look_through
 from commons.data.batch_source import RANDOM
-from commons.data.text import TOKEN_SUFFIX, find_corpus
+from commons.data.corpus import KINDS, TOKENS, find_corpus
 from commons.data.tokenizer import END_OF_TEXT, FILES, GPT2, TextTokenizer, find_tokenizer
 from commons.model.stored_tensors import Box, FolderTensors, TensorReader
 from model_zoo import ModelShape
@@ -100,7 +100,7 @@ def open_run(path: Path) -> StoredModel:
 
 def _is_text(data: str) -> bool:
     """Whether a run's ``--data`` was text, as far as that shows without it."""
-    if data == RANDOM or data.endswith(TOKEN_SUFFIX):
+    if data == RANDOM or KINDS.get(Path(data).suffix.lower()) == TOKENS:
         return False
     try:
         return not find_corpus(data).is_tokens

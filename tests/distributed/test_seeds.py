@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ SEEDS = (0, 42, 42 + 2**32, 42 + 2**33, 42 + 2**62, LAST - 1, LAST)
 
 
 def tokens(seed: int, rank: int = 0) -> torch.Tensor:
-    stream = random_tokens(batch_size=2, seq_len=16, vocab=50257, seed=seed, data_parallel_rank=rank, device=CPU)
-    return next(stream)
+    ranks: Any = {"data_parallel_rank": rank, "data_parallel_size": 2}
+    return next(random_tokens(batch_size=2, seq_len=16, vocab=50257, seed=seed, device=CPU, **ranks))
 
 
 def weights(seed: int) -> torch.Tensor:
