@@ -22,8 +22,8 @@ FIRST_BF16 = (8, 0)
 
 
 def measure(machine: Machine, on_rate: Callable[[str, float], object]) -> dict[str, Any]:
-    """The rates of one device and of this host, by the names of commons.planner.rates.Rates; takes some seconds. Without
-    a GPU the device is the whole host, with a thread on each core.
+    """The rates of one device and of this host, by the names of commons.planner.rates.Rates; takes some seconds.
+    Without a GPU the device is the whole host, with a thread on each core.
 
     What this machine does not have (a second GPU, a GPU at all) is left out.
 
