@@ -103,7 +103,7 @@ def kernels(job: Job) -> Iterator[str]:
         return
     if job.device_type == "cpu" and config.dropout > 0:
         yield "--attention flash has no dropout on a CPU: use --dropout 0, or --attention sdpa"
-    if job.device_type == "cuda" and job.gpu_count and capability.gpu_capability() < capability.AMPERE:
+    if job.device_type == "cuda" and job.gpu_count and capability.is_older(capability.AMPERE):
         yield "--attention flash needs an A100, RTX 30 or newer: use --attention sdpa"
     if job.device_type == "cuda" and config.precision == "fp32":
         yield "--attention flash has no fp32 on a GPU: use --precision bf16, or --attention sdpa"
@@ -128,7 +128,7 @@ def fp8(job: Job) -> Iterator[str]:
     elif job.gpu_count:
         import torch
 
-        if capability.gpu_capability() < FIRST_CAPABILITY:
+        if capability.is_older(FIRST_CAPABILITY):
             name = torch.cuda.get_device_name()
             yield f"--precision fp8 needs a GPU that has it (RTX 40, L40S, H100 or newer), not {name}: {instead}"
     if config.tp_degree > 1 or config.gemini_hooks == "operation":

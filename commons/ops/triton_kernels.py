@@ -23,7 +23,7 @@ def _on(grid: int, kernel: Any) -> Any:
 
 def fits() -> bool:
     """Whether the current GPU can run them."""
-    return capability.gpu_capability() >= OLDEST_CAPABILITY
+    return not capability.is_older(OLDEST_CAPABILITY)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------

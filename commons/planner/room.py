@@ -86,7 +86,8 @@ def gpu_here(index: int = 0) -> GpuModel:
     seen = torch.cuda.get_device_properties(index)
     known = next((model.name for model in GPU_MODELS.values() if model.device_name == seen.name), seen.name)
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
-    return GpuModel(known, int(seen.total_memory * share), capability.gpu_capability(index), seen.name)
+    age = capability.gpu_capability(index) or (seen.major, seen.minor)
+    return GpuModel(known, int(seen.total_memory * share), age, seen.name)
 
 
 def _device_room(index: int) -> int:

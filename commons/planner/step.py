@@ -309,10 +309,18 @@ class _Moment:
             return run.item * (root + blocks * block)
         if run.config.distplan != "CAI_Gemini" or (run.config.shard_param_frac == 0 and run.config.peer_copies == "on"):
             return 0
+        if run.copies == 1:
+            return 0
         sizes = [cut.size for cut in run.chunks.cuts]
-        window = sum(sizes[number] for number in self._window(moment)) if run.copies > 1 else 0
-        stays = sum(sizes) * (1 - run.config.shard_param_frac) if run.copies > 1 else 0
-        return run.item * int(max(window, min(window + stays, sum(sizes)) if stays else 0))
+        window = sum(sizes[number] for number in self._window(moment))
+        stays = sum(sizes) * (1 - run.config.shard_param_frac)
+        whole = min(window + stays, sum(sizes)) if stays else window
+        if run.config.peer_copies == "on":
+            return run.item * int(whole)
+        # gathered by NCCL, a chunk takes the place of its own part; the gradients of the block before are being reduced
+        part = 1 / run.chunks.zero_size
+        reduced = sizes[0] * (1 + part) if moment in ("backward", "end of backward") else 0
+        return run.item * int(whole * (1 - part) + reduced)
 
     def _window(self, moment: str) -> set[int]:
         """Numbers of the chunks that the moment's region reads, and of those gathered ahead of the next."""
