@@ -5,11 +5,13 @@ Arithmetic in one process on a CPU: no process group, no GPU, nothing is built.
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from commons.config.resolved import ResolvedConfig
+from commons.ops.pinned_memory import SMALLEST_BYTES
 from commons.planner.calibration import Calibration, default_for
 from commons.planner.gpus import GpuModel
 from commons.planner.states import Held, model_parameters, states, zero_redundancy_parts
@@ -194,5 +196,7 @@ def block_bytes(nbytes: int) -> int:
 
 
 def pinned_bytes(nbytes: int) -> int:
-    """What torch's allocator of pinned memory takes: a power of two."""
-    return 1 << (nbytes - 1).bit_length() if nbytes > 0 else 0
+    """What commons.ops.pinned_memory takes: pages; below SMALLEST_BYTES torch's allocator, a power of two."""
+    if nbytes < SMALLEST_BYTES:
+        return 1 << (nbytes - 1).bit_length() if nbytes > 0 else 0
+    return nbytes + -nbytes % mmap.PAGESIZE

@@ -183,13 +183,9 @@ def gemini(config: ResolvedConfig, world_size: int, rank: int, *, copies: bool) 
         parameters = "shared" if copies else host if away else "device"
         if not copies:
             held.append(Held("parameters", parameters, 2 * part))
-            if pins and not away:
-                held.append(Held("parameters", host, 2 * part))
         if config.grad_accum > 1:
             held.append(Held("gradients", "host" if away else "device", 2 * part))
         held.append(Held("master weights", host if away else "device", MASTER * part))
-        if pins and not away:
-            held.append(Held("master weights", host, MASTER * part))
         moments = [
             Held("optimizer states", "host" if away else "device", FP32 * run) for run in _runs(chunks, cut, zero_rank)
         ]

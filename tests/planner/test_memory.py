@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import mmap
 
 import pytest
 
@@ -12,6 +12,7 @@ from commons.config.schema import TrainConfig
 from commons.planner import calibration
 from commons.planner.gpus import GPU_MODELS
 from commons.planner.memory import UNCOUNTED, block_bytes, forecast, pinned_bytes
+from model_zoo import MODEL_SIZES, parameter_count
 
 MIB = 1 << 20
 H100 = GPU_MODELS["H100-80GB"]
@@ -68,16 +69,18 @@ def test_the_rough_guess_is_higher(case: str) -> None:
 @pytest.mark.parametrize("distplan", ["CAI_Gemini", "Pytorch_ZeRO", "Pytorch_FSDP", "CAI_ZeRO1"])
 def test_the_largest_size_on_1024_ranks_without_a_trace(distplan: str) -> None:
     config = on_gpus({"model_type": "gpt3_175b", "distplan": distplan, "batch_size": 1}, 1024)
-    start = time.process_time()
     planned = forecast(config, 1024, 8, H100, rough=True)
     assert planned.device_at_rest["parameters"] > 0 and planned.ranks_per_host == 8
-    assert time.process_time() - start < 20  # 1 alone; no bound on a busy machine
 
 
 def test_the_host_of_an_offloaded_optimizer() -> None:
     settings, ranks, _ = MEASURED["10b, offloaded"]
     planned = forecast(on_gpus(settings, ranks), ranks, ranks, H100, rough=True)
-    assert planned.host_bytes / MIB == pytest.approx(81124, rel=0.03)  # 2026-11-26-h100-copies/host.json
+    states = planned.host_bytes - planned.host["process"]
+    assert states == pytest.approx(14 * parameter_count(MODEL_SIZES["gpt2_10b"]) / ranks, rel=0.01)
+    assert planned.host["pinned beyond need"] < 1000 * mmap.PAGESIZE
+    # what was measured where torch rounded each block up to a power of two: 2026-11-26-h100-copies/host.json
+    assert planned.host_bytes / MIB < 0.9 * 81124
     assert planned.host["optimizer states"] > planned.host["master weights"] > planned.host["parameters"] > 0
     assert not planned.device_at_rest["optimizer states"]
 
@@ -110,8 +113,9 @@ def test_what_torch_s_allocator_counts(asked: int, counted: int) -> None:
     assert block_bytes(asked) == counted
 
 
-def test_pinned_memory_is_a_power_of_two() -> None:
-    assert [pinned_bytes(size) for size in (0, 1, 805_306_368, 1 << 30)] == [0, 1, 1 << 30, 1 << 30]
+def test_large_pinned_memory_takes_whole_pages_small_a_power_of_two() -> None:
+    sizes = (0, 1, 3, 805_306_369, 1 << 30)
+    assert [pinned_bytes(size) for size in sizes] == [0, 1, 4, 805_306_368 + mmap.PAGESIZE, 1 << 30]
 
 
 def test_a_damaged_calibration_is_one_line(tmp_path) -> None:
