@@ -237,6 +237,12 @@ class OutputFlags:
         " step itself is slower; 0: none",
         "N",
     )
+    sinks: str = _flag(
+        "",
+        "send every step's figures also to tensorboard (a folder in the run's), wandb or mlflow, several with commas;"
+        " what is named has to be installed",
+        "NAMES",
+    )
     quiet: bool = _flag(False, "print no line per step, only the header and the end")
 
 

@@ -115,6 +115,7 @@ class Config:
     train_step: int = 3
     warmup_step: int = 1
     quiet: bool = False
+    sinks: str = ""
     log_dir: str = "logs"
     run_name: str = "run"
 
