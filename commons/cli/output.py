@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from commons.cli.job import Job
+from commons.cli.wording import unknown
 from commons.lifecycle.job import read_job
+from commons.reporting.sinks.services import SERVICES, is_installed, service_names
 
 MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after the run
 
@@ -15,6 +17,7 @@ MAX_RUN_NAME = 200  # file systems end at 255 bytes, and files are named after t
 def output(job: Job) -> Iterator[str]:
     folder, name = Path(job.config.log_dir), job.config.run_name
     yield from folder_problem(folder)
+    yield from sink_problems(job.config.sinks)
     if "run_name" not in job.typed:
         return
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or len(name) > MAX_RUN_NAME:
@@ -24,6 +27,15 @@ def output(job: Job) -> Iterator[str]:
         )
     elif (folder / name / "config.json").exists() and read_job().attempt == 1 and not job.config.resume:
         yield (f"--run_name {name}: {folder / name} already holds a run: choose another name, or move that folder away")
+
+
+def sink_problems(sinks: str) -> Iterator[str]:
+    """Of ``--sinks``: names that do not exist, and what is not installed."""
+    for name in service_names(sinks):
+        if name not in SERVICES:
+            yield unknown("sinks", name, SERVICES)
+        elif not is_installed(name):
+            yield f"--sinks {name}: it is not installed: pip install {SERVICES[name].package}"
 
 
 def folder_problem(folder: Path, flag: str = "log_dir") -> Iterator[str]:

@@ -296,6 +296,12 @@ class OutputFlags:
     log_every: int = _flag(
         1, "print a line for every Nth step only, besides the first and the last; metrics.jsonl has every step", "N"
     )
+    sinks: str = _flag(
+        "",
+        "send every step's figures also to tensorboard (a folder in the run's), wandb or mlflow, several with commas;"
+        " what is named has to be installed",
+        "NAMES",
+    )
     quiet: bool = _flag(False, "print no line per step, only the header and the end")
 
 

@@ -116,6 +116,7 @@ class Config:
     warmup_step: int = 1
     quiet: bool = False
     log_every: int = 1
+    sinks: str = ""
     log_dir: str = "logs"
     run_name: str = "run"
 

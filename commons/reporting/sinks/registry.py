@@ -11,6 +11,7 @@ from commons.reporting.environment import describe_environment
 from commons.reporting.header import RunHeader
 from commons.reporting.sinks.console import open_console, open_console_log
 from commons.reporting.sinks.metrics_file import open_metrics_file
+from commons.reporting.sinks.services import SERVICES, service_names
 from commons.reporting.sinks.sink import RunFacts, Sink
 from commons.reporting.sinks.summary_file import open_summary_file
 from commons.reporting.writing import write_json, writing
@@ -43,6 +44,9 @@ class Settings(Protocol):
     @property
     def log_every(self) -> int: ...
 
+    @property
+    def sinks(self) -> str: ...
+
 
 def start_run_folder(run_dir: Path, config: object, environment: Mapping[str, Any]) -> None:
     """Make the run's folder with config.json and env.json. Raises SinkError."""
@@ -66,7 +70,8 @@ def open_sinks(config: Settings, header: RunHeader, rank: int) -> Iterator[list[
     run = RunFacts(config.run_dir, config.train_step, config.warmup_step, config.quiet, header, config.log_every)
     sinks: list[Sink] = []
     with contextlib.ExitStack() as closing:
-        for open_sink in SINKS.values():
+        wanted = [SERVICES[name].open for name in service_names(config.sinks)]
+        for open_sink in (*SINKS.values(), *wanted):
             sink = open_sink(run)
             if sink is not None:
                 closing.callback(sink.close)
