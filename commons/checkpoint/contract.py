@@ -16,7 +16,8 @@ from commons.data.sources import open_source
 OF_THE_RUN = (
     "log_dir", "run_name", "save_dir", "save_every", "keep", "resume", "quiet", "trace_step", "warmup_step", "timeout",
     "max_restarts", "measure_peak", "check_parity", "device",
-    "log_every", "eval_every", "init_from",
+    "log_every", "eval_every", "init_from", "sinks",
+    "dry_run", "no_preflight", "json", "auto", "auto_minutes", "plan_for", "calibrate",
 )  # fmt: skip
 # ... and those that fixed() looks at.
 FIXED = (

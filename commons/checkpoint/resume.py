@@ -13,12 +13,11 @@ import torch
 from commons.checkpoint.files import STATE_FILE, CheckpointError
 from commons.checkpoint.store import CHECKPOINTS, Checkpoint, checkpoint_folders, newest_whole, verified
 from commons.config.resolved import ResolvedConfig
+from commons.config.schema import RESUME_AUTO
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import read_job
 from commons.plans.states import Counters
 from commons.plans.trainable import Trainable
-
-AUTO = "auto"
 
 
 class Found(NamedTuple):
@@ -39,11 +38,11 @@ def find(config: ResolvedConfig, look: Callable[[Path], Checkpoint] = verified) 
     """
     if read_job().attempt > 1:
         own = _newest(config.checkpoint_dir, look)
-        if own.checkpoint is not None or config.resume in ("", AUTO):
+        if own.checkpoint is not None or config.resume in ("", RESUME_AUTO):
             return own
     if config.resume == "":
         return Found(None)
-    if config.resume == AUTO:
+    if config.resume == RESUME_AUTO:
         return _newest(config.checkpoint_dir, look)
     return _named(Path(config.resume).expanduser(), look)
 

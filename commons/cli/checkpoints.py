@@ -7,12 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from commons.checkpoint.contract import contradictions
-from commons.checkpoint.files import CheckpointError
-from commons.checkpoint.resume import AUTO, find
-from commons.checkpoint.store import Checkpoint, verified
 from commons.cli.job import Job
 from commons.cli.output import folder_problem
+from commons.config.schema import RESUME_AUTO
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import read_job
 from model_zoo import parameter_count
@@ -28,7 +25,7 @@ def saving(job: Job) -> Iterator[str]:
         yield from (
             f"--{name} has no effect without --save_every: add --save_every 100, or remove it"
             for name in ("keep", "save_dir")
-            if name in job.typed and not (name == "save_dir" and config.resume == AUTO)
+            if name in job.typed and not (name == "save_dir" and config.resume == RESUME_AUTO)
         )
         return
     folder = config.checkpoint_dir
@@ -52,13 +49,24 @@ def resuming(job: Job) -> Iterator[str]:
         return
     if config.check_parity:
         yield "--check_parity compares with a training from its first step: remove --resume, or --check_parity"
-    if config.resume == AUTO and not {"save_dir", "run_name"} & job.typed:
+    if config.resume == RESUME_AUTO and not {"save_dir", "run_name"} & job.typed:
         yield (
             "--resume auto looks in --save_dir, or else in the folder of --run_name: give one of them, or --resume PATH"
         )
         return
     if WATCH_VARIABLE in os.environ or job.shape is None:
         return  # the launcher has looked
+    yield from _of_the_checkpoint(job)
+
+
+def _of_the_checkpoint(job: Job) -> Iterator[str]:
+    # with torch, which settings without a checkpoint are read without
+    from commons.checkpoint.contract import contradictions
+    from commons.checkpoint.files import CheckpointError
+    from commons.checkpoint.resume import find
+    from commons.checkpoint.store import Checkpoint, verified
+
+    config = job.config
     try:
         # every byte is looked at once on a machine, though all of its ranks judge the settings
         found = find(config, verified if read_job().local_rank == 0 else Checkpoint)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from commons.config.resolved import ResolvedConfig
 
 RANDOM_WEIGHTS = "random"  # --init_from
+RESUME_AUTO = "auto"  # --resume: the newest checkpoint that is whole
 FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
 
 # The fractions that each --placement stands for, in the order of FRACTIONS. "static" takes what the user
