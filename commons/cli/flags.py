@@ -368,7 +368,10 @@ def adapt_to_gpu(line: CommandLine, config: ResolvedConfig, world_size: int, loc
     """What this machine's GPU asks for in place of defaults; see commons.cli.defaults."""
     if config.device != "cuda" or not find_devices("cuda")[1]:
         return defaults.NOTHING
-    return defaults.adapt(settings_of(line.given), world_size, local_world_size)
+    try:
+        return defaults.adapt(settings_of(line.given), world_size, local_world_size)
+    except Exception as error:  # a fault of the planner's own keeps no run from starting
+        return Adapted({}, f"this GPU's memory was not planned ({type(error).__name__}: {error}): defaults as they are")
 
 
 def find_devices(wanted: str) -> tuple[str, int]:

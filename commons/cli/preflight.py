@@ -15,6 +15,7 @@ from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace, read_job
+from commons.lifecycle.notices import say
 from commons.lifecycle.outcome import DOES_NOT_FIT, FINISHED, Ended
 
 if TYPE_CHECKING:
@@ -34,18 +35,28 @@ def preflight(config: ResolvedConfig, here: Device) -> Ended:
         How the run ends at once where it does not fit, the same on every rank; FINISHED where it does.
     """
     from commons.distributed.process_group import every_rank, first_rank_s
-    from commons.planner.room import find_room
 
     if config.no_preflight:
         return FINISHED
     job = read_job()
-    room = find_room(config.device == "cuda", here.local_rank, job.rank // job.local_world_size)
-    lacking = lacks(config, job, room)
+    room, lacking = _look(config, here, job)
     if every_rank(not lacking, here.torch_device):
         return FINISHED
-    rooms, found = _everyone((room, lacking))
+    rooms, found = _everyone(room, lacking)
     text = refusal(config, job, rooms, found) if here.rank == 0 else ""
     return Ended("does not fit", first_rank_s(text), DOES_NOT_FIT)
+
+
+def _look(config: ResolvedConfig, here: Device, job: JobPlace) -> tuple[Room | None, list[Short]]:
+    """The room of this rank and what it lacks there. A fault of the planner's own keeps no run from starting."""
+    from commons.planner.room import find_room
+
+    try:
+        room = find_room(config.device == "cuda", here.local_rank, job.rank // job.local_world_size)
+        return room, lacks(config, job, room)
+    except Exception as error:
+        say(f"memory was not planned ({type(error).__name__}: {error}): starting without the preflight")
+        return None, []
 
 
 def lacks(config: ResolvedConfig, job: JobPlace, room: Room) -> list[Short]:
@@ -65,13 +76,13 @@ def _forecast(config: ResolvedConfig, job: JobPlace, room: Room, rough: bool) ->
     return forecast(config, job.world_size, job.local_world_size, room.gpu, rough=rough)
 
 
-def _everyone(own: tuple[Room, list[Short]]) -> tuple[list[Room], list[Short]]:
-    """Every rank's room and what is lacking anywhere (collective)."""
+def _everyone(room: Room | None, lacking: list[Short]) -> tuple[list[Room], list[Short]]:
+    """Every rank's room, as far as it is known, and what is lacking anywhere (collective)."""
     import torch.distributed as dist
 
     all_of_them: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, own)
-    return [room for room, _ in all_of_them], [short for _, lacking in all_of_them for short in lacking]
+    dist.all_gather_object(all_of_them, (room, lacking))
+    return [room for room, _ in all_of_them if room is not None], [short for _, lacks in all_of_them for short in lacks]
 
 
 def refusal(config: ResolvedConfig, job: JobPlace, rooms: Sequence[Room], lacking: Iterable[Short]) -> str:

@@ -80,3 +80,14 @@ def test_a_t4_gets_a_run_that_it_can_do(a_t4: None) -> None:
     assert not config.asked("precision") and not config.asked("batch_size") and config.asked("lr")
     config, found = flags.judge(flags.read_flags(["--attention", "flash"]), 1, 1)
     assert found == ["--attention flash needs an A100, RTX 30 or newer: use --attention sdpa"]
+
+
+def test_a_gpu_that_cannot_be_planned_for_keeps_the_defaults(a_t4: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(index: int = 0) -> GpuModel:
+        raise RuntimeError("no such card")
+
+    monkeypatch.setattr(room, "gpu_here", broken)
+    line = flags.read_flags([])
+    config, found = flags.judge(line, 1, 1)
+    assert not found and config.batch_size == 16
+    assert "RuntimeError: no such card" in flags.adapt_to_gpu(line, config, 1, 1).line

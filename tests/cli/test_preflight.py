@@ -12,9 +12,10 @@ from suite_runs import launch
 
 from commons.cli import flags, preflight
 from commons.config.schema import TrainConfig
+from commons.distributed.device import Device
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace
-from commons.lifecycle.outcome import DOES_NOT_FIT
+from commons.lifecycle.outcome import DOES_NOT_FIT, FINISHED
 from commons.planner.gpus import GIB
 from commons.planner.memory import forecast
 from commons.planner.room import Room
@@ -45,6 +46,18 @@ def small(**settings: Any) -> Any:
 
 def test_what_fits_is_let_through() -> None:
     assert preflight.lacks(small(), job(), room(200)) == []
+
+
+def test_a_fault_of_the_planner_keeps_no_run_from_starting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("a kind nobody knows")
+
+    monkeypatch.setattr(preflight, "_forecast", broken)
+    monkeypatch.setattr("commons.distributed.process_group.every_rank", lambda here, device: here)
+    assert preflight.preflight(small(), Device("cpu", "a CPU", 0, 0, 1)) is FINISHED
+    assert "starting without the preflight" in capsys.readouterr().err
 
 
 def test_the_refusal_names_what_is_short_and_commands_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from commons.launch.launcher import JOB_VARIABLES, read_launch, root_cause
 from commons.launch.nodes import Answer, Card, MeetingError, Nodes, NodesDiffer, ask, compare, open_store
 from commons.launch.stop_signals import StopSignals
 from commons.lifecycle.outcome import STOP_SIGNALS
+from commons.planner.gpus import GPU_MODELS
 from commons.reporting.run_folder import FolderInUse
 
 RUN_NAME = r"CAI_Gemini-gpt2_tiny-2x1x1-bf16-\d{8}-\d{6}"
@@ -356,6 +357,7 @@ def launch_from(
 
     monkeypatch.setattr(cli, "find_devices", find_devices)
     monkeypatch.setattr(launcher, "find_devices", find_devices)
+    monkeypatch.setattr("commons.planner.room.gpu_here", lambda index=0: GPU_MODELS["H100-80GB"])
     launch, found = read_launch(argv, environ)
     return launch, "\n".join(found)
 
