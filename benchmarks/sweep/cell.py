@@ -13,6 +13,7 @@ from typing import Any
 from commons.cli.checks import problems
 from commons.config.resolved import ResolvedConfig
 from commons.config.schema import TrainConfig
+from commons.planner.room import Room
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES, ModelShape, parameter_count
 
@@ -22,10 +23,13 @@ SIZE_SETTINGS = ("model_type", "num_layers", "hidden_size", "num_heads", "batch_
 
 @dataclass(frozen=True)
 class Machine:
-    """What the cells run on: ``device_type`` "cuda" or "cpu", and how many GPUs can be seen."""
+    """What the cells run on: ``device_type`` "cuda" or "cpu", how many GPUs can be seen, and the memory that a rank
+    finds free there, None where nobody looked.
+    """
 
     device_type: str
     gpu_count: int
+    room: Room | None = None
 
     @property
     def ranks(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.sweep.cell import Cell, Machine
 from benchmarks.sweep.grid import OWN_FLAGS, Sweep, SweepError, find_sweep, read_sweep, ready_made
-from benchmarks.sweep.limits import reason_to_skip
+from benchmarks.sweep.limits import forecast_kinds, free_room, reason_to_skip
 from benchmarks.sweep.process import perform
 from benchmarks.sweep.progress import SweepProgress, duration
 from benchmarks.sweep.runs import FINISHED, OUT_OF_MEMORY, Run, read_json, write_cell
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.dry_run:
             _show(sweep, machine)
             return 0
+        machine = dataclasses.replace(machine, room=free_room(machine.device_type, machine.ranks))
         with _stopping(), _own(out):
             return Work(sweep, machine, out, arguments.retry, argv).run()
     except SweepError as error:
@@ -167,6 +169,8 @@ class Work:
             progress.done(f"{run.cell.label} {run.name}", state, run.summary(), time.monotonic() - begin)
             if state == OUT_OF_MEMORY:
                 self._skip_larger(progress)
+            elif state == FINISHED and self.machine.device_type == "cuda":
+                write_json(run.folder / "forecast.json", {"kinds_mib": forecast_kinds(run.cell, self.machine)})
 
     def _is_done(self, run: Run) -> bool:
         state = run.state()

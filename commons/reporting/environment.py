@@ -72,6 +72,7 @@ def describe_environment(
         "versions": package_versions,
         "device_name": lambda: device_name,
         "gpus": _gpus,
+        "gpu_memory_mib": _gpu_memory_mib,
         "torch_cuda": lambda: _loaded_torch().version.cuda,
         "nccl": _nccl_version,
         "nvidia_driver": nvidia_driver,
@@ -221,6 +222,12 @@ def _gpus() -> list[str]:
     cuda = _loaded_torch().cuda
     count = cuda.device_count() if cuda.is_available() else 0
     return [cuda.get_device_name(index) for index in range(count)]
+
+
+def _gpu_memory_mib() -> list[int]:
+    cuda = _loaded_torch().cuda
+    count = cuda.device_count() if cuda.is_available() else 0
+    return [cuda.get_device_properties(index).total_memory // 2**20 for index in range(count)]
 
 
 def _nccl_version() -> str | None:

@@ -17,11 +17,13 @@ from suite_runs import clean_environment, run_processes
 from benchmarks.sweep import command
 from benchmarks.sweep.cell import Cell, Machine
 from benchmarks.sweep.grid import SweepError, find_sweep, read_sweep, ready_made
-from benchmarks.sweep.limits import reason_to_skip
+from benchmarks.sweep.limits import forecast_kinds, free_room, reason_to_skip
 from benchmarks.sweep.process import JOB_VARIABLES, environment_of
 from benchmarks.sweep.progress import duration
 from benchmarks.sweep.runs import Run, read_json, state_of
 from commons.launch import launcher
+from commons.planner.gpus import GPU_MODELS
+from commons.planner.room import Room
 from commons.plans.registry import PLANS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -210,6 +212,21 @@ def test_reasons() -> None:
     cell = Cell("x", {"distplan": "CAI_ZeRO1", "placement": "cpu"}, 4)
     assert reason_to_skip(cell, TWO_GPUS) == "refused: needs 4 GPUs, this machine has 2"
     assert "--placement" in (reason_to_skip(cell, Machine("cuda", 4)) or "")
+
+
+def test_what_the_planner_knows_not_to_fit_is_skipped() -> None:
+    gpu = GPU_MODELS["H100-80GB"]
+    room = Room(gpu, 79 << 30, 1 << 40, "free memory of this machine", None, None)
+    h100 = Machine("cuda", 1, room)
+    assert reason_to_skip(Cell("fits", {"model_type": "gpt2_xl", "batch_size": 4}), h100) is None
+    why = reason_to_skip(Cell("too large", {"model_type": "gpt2_10b"}), h100)
+    assert why is not None and why.startswith("forecast: GPU 0:") and "GiB short" in why
+    assert sum(forecast_kinds(Cell("fits", {"model_type": "gpt2_xl"}), h100).values()) > 50_000
+
+
+def test_the_room_of_a_sweep_on_this_machine() -> None:
+    room = free_room("cpu", 2)
+    assert room is not None and room.gpu is None and room.host > 1 << 30
 
 
 def test_a_sweep_that_has_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
