@@ -113,7 +113,7 @@ def problems(world_size: int = 2, local_world_size: int = 0, **settings) -> list
         ({"offload_optim_frac": 0.5}, "--offload_optim_frac"),
         ({"offload_param_frac": 0.5}, "--offload_param_frac"),
         ({"world_size": 1}, "one data-parallel rank"),
-        ({"world_size": 4, "local_world_size": 2}, "several machines"),
+        ({"world_size": 4, "local_world_size": 2}, "across machines"),
     ],
 )
 def test_where_nothing_is_gathered_by_copies(settings, reason):

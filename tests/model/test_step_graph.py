@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -171,7 +171,8 @@ def test_a_torch_that_cannot_time_inside_a_graph_launches_torchs_plans(monkeypat
     model = torch.nn.Linear(2, 1)
     config = TrainConfig(distplan="Pytorch_DDP", precision="fp32").resolve("cpu")
     optimizer = torch.optim.AdamW(model.parameters())
-    trainable = torch_native.CapturedTorchTrainable(model, optimizer, config, Device("cpu", "a CPU", 0, 0, 1), True)
+    device, no_states = Device("cpu", "a CPU", 0, 0, 1), cast(Any, None)
+    trainable = torch_native.CapturedTorchTrainable(model, optimizer, config, device, True, no_states)
     monkeypatch.setattr(torch_native, "TIMES_INSIDE", False)
     monkeypatch.setattr(trainable, "forward", lambda tokens: model(tokens).sum())
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)

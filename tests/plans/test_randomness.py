@@ -50,7 +50,7 @@ CASES = {
 PARAMETERS = [pytest.param(ranks, case, id=f"{ranks}: {case}") for ranks, cases in CASES.items() for case in cases]
 # Largest relative differences of loss and gradient norm over five steps at a learning rate of 1e-2: four times what was
 # seen. A wrong mask moves the loss by 1e-3.
-BOUNDS = {"fp32": (1e-6, 3e-5), "bf16": (8e-4, 0.15)}
+BOUNDS = {"fp32": (1e-6, 2e-4), "bf16": (8e-4, 0.15)}
 
 
 @dataclass(frozen=True)
