@@ -45,6 +45,14 @@ RANGES: dict[str, tuple[float | str, float | str]] = {
     "initial_loss_scale": (1, 4_294_967_296),
     "timeout": ("0", 1_000_000),
     "max_restarts": (0, 1_000),
+    "num_positions": (2, 10_000_000),
+    "vocab_size": (2, 100_000_000),
+    "eval_every": (0, 1_000_000_000),
+    "eval_fraction": (0, "1"),
+    "log_every": (1, 1_000_000_000),
+    "save_every": (0, 1_000_000_000),
+    "keep": (0, 1_000_000),
+    "auto_minutes": (0, 10_000),
 }
 
 
@@ -56,7 +64,8 @@ SUGGESTED = {
     "zero_stage": 0, "num_microbatches": 1, "num_model_chunks": 1, "batch_size": 4, "seq_len": 64, "train_step": 10,
     "warmup_step": 2, "grad_accum": 1, "max_bad_steps": 3, "seed": 42, "lr": 3e-4, "lr_warmup_step": 0,
     "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "clip_grad_norm": 1.0, "trace_step": 5,
-    "initial_loss_scale": 65536, "timeout": 600, "max_restarts": 1,
+    "initial_loss_scale": 65536, "timeout": 600, "max_restarts": 1, "num_positions": 1024, "vocab_size": 50257,
+    "eval_every": 0, "eval_fraction": 0.01, "log_every": 1, "save_every": 100, "keep": 2, "auto_minutes": 5,
 }  # fmt: skip
 
 

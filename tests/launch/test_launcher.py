@@ -596,7 +596,7 @@ def test_a_missing_node_is_named_on_all_that_came(store: Any) -> None:
     with pytest.raises(MeetingError, match=r"node 1, 3 did not join within 0\.5 s"):
         compare(store, Nodes(1, count=4), Card({}), 0.5, str, Answer())
     thread.join()
-    assert isinstance(ends[0], MeetingError) and "node 1, 3 did not come" in str(ends[0])
+    assert isinstance(ends[0], MeetingError) and "node 1, 3 did not join" in str(ends[0])
 
 
 def test_what_keeps_node_0_from_beginning_is_told_on_all(store: Any) -> None:
