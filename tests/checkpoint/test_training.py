@@ -16,17 +16,17 @@ FIELDS = ("steps", "losses", "grad_norms", "rates", "skipped")
 LOSS_BOUND = 5e-3  # between plans and precisions, after two steps
 
 DROPPING = "--dropout 0.1 --clip_grad_norm 1 --lr_schedule cosine"
-# Precisions, placements and degrees are spread over the plans. 1e9 overflows fp16: steps are skipped, the scale falls.
+# Precisions, placements and degrees are spread over the plans. 5e5 overflows fp16: two steps are skipped, the scale falls.
 TWO_RANKS = {
     "ddp": f"--distplan Pytorch_DDP --precision fp32 {DROPPING}",
     "zero": f"--distplan Pytorch_ZeRO --precision bf16 {DROPPING}",
     "fsdp": f"--distplan Pytorch_FSDP --precision fp16 {DROPPING}",
     "zero1": f"--distplan CAI_ZeRO1 --precision bf16 {DROPPING}",
-    "zero2": f"--distplan CAI_ZeRO2 --precision fp16 --initial_loss_scale 1e9 {DROPPING}",
+    "zero2": f"--distplan CAI_ZeRO2 --precision fp16 --initial_loss_scale 5e5 {DROPPING}",
     "tensor": f"--distplan CAI_Hybrid --precision bf16 --tp_degree 2 --batch_size 8 {DROPPING}",
     "pipeline": f"--distplan CAI_Hybrid --precision fp16 --pp_degree 2 --batch_size 8 {DROPPING}",
     "gemini": f"--distplan CAI_Gemini {DROPPING}",
-    "gemini_host": f"--distplan CAI_Gemini --placement cpu --precision fp16 {DROPPING}",
+    "gemini_host": f"--distplan CAI_Gemini --placement cpu --precision fp16 --initial_loss_scale 5e5 {DROPPING}",
     "gemini_tensor": f"--distplan CAI_Gemini --tp_degree 2 --batch_size 8 {DROPPING}",
 }
 RESUMED = "step-00000003"
@@ -62,7 +62,10 @@ def test_a_training_goes_on_bit_by_bit(name: str, folder: Path) -> None:
 
 
 def test_steps_were_skipped_where_they_were_to_be(folder: Path) -> None:
-    assert read(folder / "two.jsonl")["zero2"]["skipped"][-1] > 0
+    """Some steps, not all, and each before the checkpoint."""
+    rows = read(folder / "two.jsonl")
+    for name in ("zero2", "gemini_host"):
+        assert 0 < rows[name]["skipped"][2] < 3 and rows[name]["skipped"][-1] == rows[name]["skipped"][2], name
 
 
 def test_every_plan_reads_what_any_other_wrote(folder: Path) -> None:

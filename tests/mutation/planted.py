@@ -113,7 +113,11 @@ FAULTS: list[Fault] = [
         "shared with the reference",
         "commons/data/random_tokens.py",
         "tests/training/test_loop.py -k copy",
-        ("every copy of the model draws the same data", "first = start + data_parallel_rank * batch_size", "first = start"),
+        (
+            "every copy of the model draws the same data",
+            "first = start + data_parallel_rank * batch_size",
+            "first = start",
+        ),
     ),
     *faults_of(
         "shared with the reference",

@@ -68,9 +68,9 @@ class FaultyClock:
             FAULTS[KIND]()
 
 
-def troubled(session, stream, clock, train_step=engine._train_step, count=[0]):  # noqa: B006
+def troubled(session, stream, clock, keeper, train_step=engine._train_step, count=[0]):  # noqa: B006
     count[0] += 1
-    loss, update = train_step(session, stream, FaultyClock(clock, count[0]))
+    loss, update = train_step(session, stream, FaultyClock(clock, count[0]), keeper)
     if MINE and KIND in ("nan", "inf") and count[0] >= int(STEP):
         loss = loss * float(KIND)
     return loss, update
