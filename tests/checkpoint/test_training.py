@@ -16,7 +16,7 @@ FIELDS = ("steps", "losses", "grad_norms", "rates", "skipped")
 LOSS_BOUND = 5e-3  # between plans and precisions, after two steps
 
 DROPPING = "--dropout 0.1 --clip_grad_norm 1 --lr_schedule cosine"
-# Precisions, placements and degrees are spread over the plans. 5e5 overflows fp16: two steps are skipped, the scale falls.
+# Precisions, placements and degrees are spread over the plans. 5e5 overflows fp16: steps are skipped, the scale falls.
 TWO_RANKS = {
     "ddp": f"--distplan Pytorch_DDP --precision fp32 {DROPPING}",
     "zero": f"--distplan Pytorch_ZeRO --precision bf16 {DROPPING}",
