@@ -78,9 +78,13 @@ def _tells_of_memory(path: Path) -> bool:
 
 @contextlib.contextmanager
 def summary_in_any_case(config: ResolvedConfig, guard: Guard) -> Iterator[None]:
-    """Around the building of the model: a run that ends there has a summary too, of no steps."""
-    if guard.rank == 0:
-        begin_attempt(config.run_dir, read_job().attempt, resumes=bool(config.resume))
+    """Around the building of the model (collective): a run that ends there has a summary too, of no steps."""
+    import torch.distributed as dist
+
+    if not guard.watched:  # else the launcher has begun it
+        if guard.rank == 0:
+            begin_attempt(config.run_dir, read_job().attempt, resumes=bool(config.resume))
+        dist.barrier()  # what another rank writes of its end stays
     log = RunLog(config, (), guard.rank == 0)
     guard.folder, guard.last_words = config.run_dir, log.break_off
     try:
