@@ -53,7 +53,7 @@ def test_wrong_settings_start_nothing(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_lost_ends_the_run(tmp_path: Path) -> None:
-    run = train(tmp_path, "--lr", "1e30", "--max_bad_steps", "1")
+    run = train(tmp_path, "--lr", "1e6", "--weight_decay", "1e6", "--max_bad_steps", "1")
     assert run.returncode == 1, run.console
     summary = run.file("summary.json")
     assert summary["ended"] == "bad steps" and summary["steps"] == len(run.records) < STEPS
