@@ -1,6 +1,6 @@
 """Text from a trained model: the command ``python -m commons.sample``.
 
-May import: cli, training, checkpoint, plans, model, distributed, reporting, config, model_zoo, ops, doctor, data,
-lifecycle.
+May import: cli, training, planner, checkpoint, plans, model, distributed, reporting, config, model_zoo, ops, doctor,
+data, lifecycle.
 May not: launch.
 """

@@ -127,5 +127,5 @@ def test_nvidia_smi_hangs(linux: FakeMachine) -> None:
 
 
 def test_the_distribution_is_named_once(linux: FakeMachine) -> None:
-    lines = as_text([found(linux)["system"]])
+    lines = as_text([found(linux)["system"]], width=110)
     assert lines == "ok       Ubuntu 22.04.5 LTS (kernel 6.8.0-45-generic, x86_64, Python 3.11.7 at python)"
