@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from commons.model.gpt2 import BLOCK_PARAMETERS, EMBEDDING_PARAMETERS
-from model_zoo import ModelShape
+from commons.model.gpt2 import EMBEDDING_PARAMETERS
+from model_zoo import ModelShape, parameter_shapes
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 TOKEN_TABLE = EMBEDDING_PARAMETERS[0]
@@ -136,20 +136,6 @@ class StateHolder(Protocol):
     def set_updates(self, updates: int) -> None:
         """Set it, for every parameter."""
         ...
-
-
-def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a GPT-2 by its name, the vocabulary unpadded, the tied head left out."""
-    h = shape.hidden
-    widths = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, 4 * h), "mlp.c_proj": (4 * h, h)}
-    block: dict[str, tuple[int, ...]] = {}
-    for name in BLOCK_PARAMETERS:
-        layer, _, part = name.rpartition(".")
-        whole = widths.get(layer, (h, h))
-        block[name] = whole if part == "weight" and layer in widths else whole[-1:]
-    tables = dict(zip(EMBEDDING_PARAMETERS, ((shape.vocab, h), (shape.positions, h)), strict=True))
-    blocks = {f"transformer.h.{i}.{name}": sizes for i in range(shape.layers) for name, sizes in block.items()}
-    return {**tables, **blocks, "transformer.ln_f.weight": (h,), "transformer.ln_f.bias": (h,)}
 
 
 def canonical_name(name: str) -> str:

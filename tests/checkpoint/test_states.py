@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from commons.plans.states import Box, Held, StatePiece, canonical_name, flat_boxes, parameter_shapes, pieces
-from model_zoo import MODEL_SIZES, ModelShape, build_model
+from commons.plans.states import Box, Held, StatePiece, canonical_name, flat_boxes, pieces
+from model_zoo import MODEL_SIZES, ModelShape, build_model, parameter_shapes
 
 SHAPE = ModelShape(layers=1, hidden=8, heads=2, positions=16, vocab=100)  # 128 rows of the token table
 FOUR_ROWS, COLUMNS = 4, 5
