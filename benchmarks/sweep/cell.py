@@ -12,7 +12,7 @@ from typing import Any
 
 from commons.cli.checks import problems
 from commons.config.resolved import ResolvedConfig
-from commons.config.schema import TrainConfig
+from commons.config.schema import TrainConfig, as_words
 from commons.planner.room import Room
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES, ModelShape, parameter_count
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def flags(self) -> list[str]:
-        return [word for name, value in self.settings.items() for word in (f"--{name}", _as_typed(value))]
+        return as_words(self.settings)
 
     @cached_property
     def id(self) -> str:
@@ -105,7 +105,3 @@ class Cell:
         )
         larger = all(a >= b for a, b in zip(self.size(machine), other.size(machine), strict=True))
         return mine == others and larger and self.gpus <= other.gpus
-
-
-def _as_typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

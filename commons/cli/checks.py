@@ -13,10 +13,10 @@ from commons.cli import checkpoints, data, layout, machine, output
 from commons.cli.job import Job
 from commons.cli.limits import LIMITS, number_problem
 from commons.cli.planning import planning
-from commons.cli.wording import either, shown, unknown
+from commons.cli.wording import either, unknown
 from commons.config.gpt2_folder import FolderError, look_through
 from commons.config.resolved import SHAPE_FLAGS
-from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig
+from commons.config.schema import FRACTIONS, PLACEMENTS, RANDOM_WEIGHTS, TrainConfig, as_typed
 from commons.plans.registry import PLANS
 from model_zoo import MODEL_SIZES
 
@@ -108,7 +108,7 @@ def _has_no_effect(plan: Plan | None, name: str, value: Any) -> str | None:
     if plan is None or ability is None or getattr(plan, ability) or NEUTRAL.get(name) == value:
         return None
     able = [other.name for other in PLANS.values() if getattr(other, ability)]
-    return f"--{name} {shown(value)} has no effect with {plan.name}: remove it, or use --distplan {either(able)}"
+    return f"--{name} {as_typed(value)} has no effect with {plan.name}: remove it, or use --distplan {either(able)}"
 
 
 # Settings that are read under one value of another setting only.
@@ -126,8 +126,8 @@ def _is_not_read(config: TrainConfig, name: str, in_range: bool) -> str | None:
     other, wanted = READ_UNDER[name]
     if getattr(config, other) == wanted:
         return None
-    change = f", or use --{other} {shown(wanted)}" if in_range else ""
-    return f"--{name} is read under --{other} {shown(wanted)} only: remove it{change}"
+    change = f", or use --{other} {as_typed(wanted)}" if in_range else ""
+    return f"--{name} is read under --{other} {as_typed(wanted)} only: remove it{change}"
 
 
 def _names(job: Job) -> Iterator[str]:

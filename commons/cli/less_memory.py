@@ -12,7 +12,7 @@ from typing import Any
 
 from commons.cli.flags import CommandLine, judge
 from commons.config.resolved import ResolvedConfig
-from commons.config.schema import FRACTIONS, TrainConfig
+from commons.config.schema import FRACTIONS, TrainConfig, as_words
 from commons.doctor.host import TAKE_LESS, more_memory
 from commons.doctor.machine import Machine
 from commons.lifecycle.host_memory import memory_sizes
@@ -152,7 +152,7 @@ def _commands(config: ResolvedConfig, lack: Shortage, start: Start) -> Iterator[
         _, problems = judge(CommandLine(settings, []), start.world_size, start.local_world_size)
         if not problems and left:
             left -= 1
-            yield " ".join([start.command, *_flags(settings)]), change.why
+            yield f"{start.command} {shlex.join(as_words(settings))}".rstrip(), change.why
 
 
 def given_settings(config: ResolvedConfig) -> dict[str, Any]:
@@ -160,12 +160,6 @@ def given_settings(config: ResolvedConfig) -> dict[str, Any]:
     plain, values = TrainConfig().as_dict(), config.as_dict()
     del values["run_name"]
     return {name: value for name, value in values.items() if config.asked(name) and value != plain[name]}
-
-
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
-        yield f"--{name} {shlex.quote(str(text))}"
 
 
 def _start_of(job: JobPlace) -> Start:

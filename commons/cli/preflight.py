@@ -6,13 +6,13 @@ import os
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from commons.cli import flags
+from commons.cli.less_memory import given_settings
 from commons.cli.planning import settings_of
 from commons.config.resolved import ResolvedConfig
-from commons.config.schema import TrainConfig
+from commons.config.schema import as_words
 from commons.lifecycle.guard import WATCH_VARIABLE
 from commons.lifecycle.job import JobPlace, read_job
 from commons.lifecycle.notices import say
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from commons.planner.room import Room
 
 PROPOSAL_SECONDS = 30.0  # for the search of what fits
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
 
 def preflight(config: ResolvedConfig, here: Device) -> Ended:
@@ -106,7 +105,7 @@ def what_fits(config: ResolvedConfig, job: JobPlace, rooms: Sequence[Room]) -> l
     def judged(changed: Mapping[str, Any]) -> ResolvedConfig | None:
         if time.monotonic() > end:
             return None
-        line = flags.read_flags(as_flags({**given, **changed}))
+        line = flags.read_flags(as_words({**given, **changed}))
         resolved, found = flags.judge(line, job.world_size, job.local_world_size)
         return None if found else resolved
 
@@ -119,25 +118,13 @@ def what_fits(config: ResolvedConfig, job: JobPlace, rooms: Sequence[Room]) -> l
 
 def given_of(config: ResolvedConfig) -> dict[str, Any]:
     """The settings that the user gave and that are not the defaults anyway, without those of one run alone."""
-    return {
-        name: value
-        for name, value in settings_of(config.as_dict()).items()
-        if config.asked(name) and value != DEFAULTS[name] and name not in ("run_name", "device")
-    }
-
-
-def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Words of a command line."""
-    return [word for name, value in settings.items() for word in (f"--{name}", _text(value))]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    given = settings_of(given_settings(config))
+    return {name: value for name, value in given.items() if name != "device"}
 
 
 def command(settings: Mapping[str, Any], job: JobPlace) -> str:
     """The complete command of such a run, started as this one was."""
-    words = shlex.join(as_flags(settings))
+    words = shlex.join(as_words(settings))
     if WATCH_VARIABLE in os.environ:
         start = f"GPUNUM={job.local_world_size} bash run_gemini.sh"
         nodes = job.world_size // job.local_world_size

@@ -25,11 +25,5 @@ def either(names: Iterable[Any]) -> str:
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
-def shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -7,6 +7,7 @@ module costs nothing: torch, transformers and the model table are imported when 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -398,3 +399,18 @@ class TrainConfig(
     def as_dict(self) -> dict[str, Any]:
         """For config.json: every setting by its flag's name, in the order of --help."""
         return {f.name: getattr(self, f.name) for group in FLAG_GROUPS for f in dataclasses.fields(group)}
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as a user types it. It reads back as the same value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Words of a command line: a flag and its value for each of the settings, which are given by name."""
+    return [word for name, value in settings.items() for word in (f"--{name}", as_typed(value))]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from commons.config.resolved import ResolvedConfig
-from commons.config.schema import TrainConfig
+from commons.config.schema import TrainConfig, as_typed, as_words
 from commons.planner.machines import Machine, resolve_for
 from commons.planner.rates import Rates
 from commons.planner.step_time import StepTime, forecast_step
@@ -101,7 +101,7 @@ class Candidate:
 
     def label(self) -> str:
         """The chosen settings in short, for a line of a table."""
-        return " ".join(f"{name}={_shown(value)}" for name, value in self.settings.items()) or "as given"
+        return " ".join(f"{name}={as_typed(value)}" for name, value in self.settings.items()) or "as given"
 
 
 @dataclass
@@ -467,11 +467,4 @@ def plain_command(given: Settings, machine: Machine) -> str:
     variables = [f"GPUNUM={machine.gpus_per_node}"]
     if machine.nodes > 1:
         variables = [f"NNODES={machine.nodes}", "NODE_RANK=0", "MASTER_ADDR=node0", *variables]
-    flags = [f"--{name} {shlex.quote(_shown(value))}" for name, value in given.items()]
-    return " ".join([*variables, "bash run_gemini.sh", *flags])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return " ".join([*variables, "bash run_gemini.sh", *map(shlex.quote, as_words(given))])

@@ -18,7 +18,7 @@ from commons.cli.checks import READ_UNDER, problems
 from commons.cli.layout import working_head_counts
 from commons.cli.limits import LIMITS
 from commons.config.resolved import DEVICE_DEFAULTS, ResolvedConfig
-from commons.config.schema import FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig
+from commons.config.schema import FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig, as_typed, as_words
 from commons.plans.registry import ALL_PRECISIONS, PLANS
 from model_zoo import MODEL_SIZES
 
@@ -553,3 +553,20 @@ def test_a_tilde_that_the_shell_left_is_the_home(monkeypatch: pytest.MonkeyPatch
     (config.run_dir).mkdir(parents=True)
     (config.run_dir / "config.json").touch()
     assert "already holds a run" in found(log_dir="~/logs", run_name="one")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "true"),
+        (1.0, "1"),
+        (3e-4, "0.0003"),
+        (0.000123456789, "0.000123456789"),
+        (16, "16"),
+        ("bf16", "bf16"),
+    ],
+)
+def test_a_setting_is_written_so_that_it_reads_back(value: Any, text: str) -> None:
+    assert as_typed(value) == text
+    assert as_words({"lr": value}) == ["--lr", text]
+    assert type(value)(text if value is not True else 1) == value
