@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from commons.cli import defaults, planning
 from commons.cli.checks import problems
@@ -295,7 +295,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
         from commons.cli.answers import answer
 
         sys.exit(answer(request, job.world_size, job.local_world_size, speaks))
-    config, found = judge(request.line, job.world_size, job.local_world_size)
+    config, found, notice = judge_and_tell(request.line, job.world_size, job.local_world_size)
     found = [*job.problems, *(name_variables(problem, environ or {}, request.flags) for problem in found)]
     watched = WATCH_VARIABLE in os.environ  # a launcher has started the ranks, and told its notices
     if config.max_restarts > 0 and not watched:
@@ -309,8 +309,8 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     if tells:
         for line in (*request.notices, *_notices(config, job, environ or {}, runs=not found)):
             print(line, file=sys.stderr, flush=True)
-        if not found and (said := adapt_to_gpu(request.line, config, job.world_size, job.local_world_size).line):
-            print(said, file=sys.stderr, flush=True)
+        if not found and notice:
+            print(notice, file=sys.stderr, flush=True)
     found = found or prepare(config, lambda line: print(line, file=sys.stderr, flush=True) if tells else None)
     if found:
         if speaks:
@@ -343,8 +343,28 @@ def _notices(config: ResolvedConfig, job: JobPlace, environ: Mapping[str, str], 
         yield no_gpu_notice(config, job.world_size)
 
 
+class Judged(NamedTuple):
+    """A command line on this machine.
+
+    Attributes:
+        config: its resolved configuration.
+        problems: all that is wrong with it.
+        notice: what was taken in place of defaults that the GPU here cannot take, "" where they are as they are.
+    """
+
+    config: ResolvedConfig
+    problems: list[str]
+    notice: str
+
+
 def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[ResolvedConfig, list[str]]:
     """The resolved configuration of a command line on this machine, and every problem with it."""
+    config, found, _ = judge_and_tell(line, world_size, local_world_size)
+    return config, found
+
+
+def judge_and_tell(line: CommandLine, world_size: int, local_world_size: int) -> Judged:
+    """The same, with what the user is to be told."""
     from commons.plans.registry import PLANS
 
     given = line.config()
@@ -354,14 +374,15 @@ def judge(line: CommandLine, world_size: int, local_world_size: int) -> tuple[Re
         given, world_size, device_type, gpu_count, plan, local_world_size=local_world_size, typed=line.given
     )
     config = given.resolve(device_type, world_size, local_world_size)
+    adapted = defaults.NOTHING
     if not found and not line.problems:
-        adapted = adapt_to_gpu(line, config, world_size, local_world_size).settings
-        if adapted:
-            config = dataclasses.replace(given, **adapted).resolve(device_type, world_size, local_world_size)
+        adapted = adapt_to_gpu(line, config, world_size, local_world_size)
+        if adapted.settings:
+            config = dataclasses.replace(given, **adapted.settings).resolve(device_type, world_size, local_world_size)
             # the user has not asked for these, and whoever wants to know hears so
-            chosen = tuple(name for name in config.as_dict() if not config.asked(name) or name in adapted)
+            chosen = tuple(name for name in config.as_dict() if not config.asked(name) or name in adapted.settings)
             config = dataclasses.replace(config, chosen=chosen)
-    return config, [*line.problems, *found]
+    return Judged(config, [*line.problems, *found], adapted.line)
 
 
 def adapt_to_gpu(line: CommandLine, config: ResolvedConfig, world_size: int, local_world_size: int) -> Adapted:

@@ -22,11 +22,10 @@ from commons.cli.data import prepare
 from commons.cli.flags import (
     CONFIG_ERROR,
     Request,
-    adapt_to_gpu,
     become_doctor,
     find_devices,
     help_text,
-    judge,
+    judge_and_tell,
     read_request,
     report,
     wants_doctor,
@@ -139,7 +138,7 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
     line, notices = request.line, list(request.notices)
     device_type, _ = find_devices(line.config().device)
     nodes, node_problems = read_nodes(environ, line.config().model_parallel_size, device_type)
-    config, found = judge(line, nodes.world_size, nodes.ranks_per_node)
+    config, found, notice = judge_and_tell(line, nodes.world_size, nodes.ranks_per_node)
     if line.given.get("auto"):  # what is open is not decided yet: commons.launch.auto judges what it chooses
         found = [*line.problems, *planning.wrong_flags(line)]
     found = [name_variables(problem, environ, request.flags) for problem in found]
@@ -147,9 +146,8 @@ def read_launch(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Launch
         notices.append(no_gpu_notice(config, nodes.world_size))
     if not found and config.resume:
         notices.extend(_found(config).notices)
-    adapts = not found and not config.auto  # which chooses for itself
-    if adapts and (said := adapt_to_gpu(line, config, nodes.world_size, nodes.ranks_per_node).line):
-        notices.append(said)
+    if notice and not found and not config.auto:  # which chooses for itself
+        notices.append(notice)
     return Launch(line.given, config, nodes, notices), [*found, *node_problems]
 
 

@@ -91,3 +91,12 @@ def test_a_gpu_that_cannot_be_planned_for_keeps_the_defaults(a_t4: None, monkeyp
     config, found = flags.judge(line, 1, 1)
     assert not found and config.batch_size == 16
     assert "RuntimeError: no such card" in flags.adapt_to_gpu(line, config, 1, 1).line
+
+
+def test_the_gpu_is_planned_for_once(a_t4: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Mapping[str, Any]] = []
+    adapt = defaults.adapt
+    monkeypatch.setattr(defaults, "adapt", lambda given, *ranks: asked.append(given) or adapt(given, *ranks))
+    judged = flags.judge_and_tell(flags.read_flags([]), 1, 1)
+    assert len(asked) == 1 and not judged.problems
+    assert "no bf16" in judged.notice and f"--batch_size {judged.config.batch_size}" in judged.notice
