@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 from suite_runs import REPOSITORY, clean_environment, heed_all_signals
+from worlds.launched import STARTS
 
 from commons.launch.watch import Sighting, process_state, suspects
 from commons.lifecycle.heartbeat import Beat, Pulse, group_timeout_seconds, patience_seconds, read_pulse
@@ -37,15 +38,6 @@ AT_ONCE = 3
 RUN_SECONDS = 300
 TRAIN = str(REPOSITORY / "train_gpt_demo.py")
 WORKER = str(REPOSITORY / "tests" / "workers" / "troubled_worker.py")
-LAUNCHER = (
-    "import sys; from pathlib import Path; from commons.launch.launcher import main;"
-    " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
-)
-STARTS = {
-    "launcher": [sys.executable, "-c", LAUNCHER],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "python": [sys.executable],
-}
 SUMMARY_KEYS = {"ended", "ended_because", "steps", "train_step", "attempt"}
 
 

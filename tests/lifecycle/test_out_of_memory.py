@@ -22,7 +22,7 @@ import pytest
 import torch
 from suite_runs import REPOSITORY, clean_environment, heed_all_signals, run_processes
 from workers.out_of_memory_worker import ALLOCATORS, BARE
-from worlds.launched import free_port
+from worlds.launched import STARTS, free_port
 
 from commons.cli.flags import judge, read_flags
 from commons.cli.less_memory import Start, with_advice
@@ -208,15 +208,6 @@ def test_pinned_memory_and_other_processes_have_advice_of_their_own() -> None:
 # ---- real runs
 
 WORKER = str(REPOSITORY / "tests" / "workers" / "out_of_memory_worker.py")
-LAUNCHER = (
-    "import sys; from pathlib import Path; from commons.launch.launcher import main;"
-    " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
-)
-STARTS = {
-    "launcher": [sys.executable, "-c", LAUNCHER],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "python": [sys.executable],
-}
 FLAGS = ("--device", "cpu", "--distplan", "Pytorch_DDP", "--quiet", "true", "--train_step", "5", "--max_bad_steps", "2")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 LIMIT_MIB = 2048

@@ -23,6 +23,12 @@ LAUNCH = (
     "import sys; from pathlib import Path; from commons.launch.launcher import main;"
     " sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
 )
+# How a script is started: a command line as it begins.
+STARTS = {
+    "launcher": [sys.executable, "-c", LAUNCH],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "python": [sys.executable],
+}
 
 
 # What every stand-in begins with. torch is imported only by those that need its error files: it takes
