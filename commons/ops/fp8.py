@@ -2,13 +2,18 @@
 
 Micikevicius et al. 2022, "FP8 Formats for Deep Learning": values and weights in e4m3, gradients in e5m2, each tensor
 scaled so that its largest magnitude is the largest number of its format. Scales are taken from the tensors themselves
-(dynamic, one a tensor); products are summed up in fp32 and given out in bf16. Everything else of the model, the head
+(dynamic, one per tensor); products are summed up in fp32 and given out in bf16. Everything else of the model, the head
 and its loss among it, stays in bf16, the master weights in fp32.
+
+The tensor cores read fp8 along the dimension that is summed over, so that each tensor is wanted twice: as it lies, and
+transposed for the other product that it is a factor of. One operator casts it both ways, and begins the sum that is the
+bias's gradient, in one pass over it: a cast, two transposes and a sum of their own took gpt2_xl 80 ms beside 113 of
+matrix products.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,15 +21,36 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of every dimension, asked for by the tensor cores' kernels
 FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 SMALLEST = 1e-12  # a tensor of zeros has no scale of its own
+STRIP_ROWS = 64  # whose sums the cast begins
+
+OPERATORS = torch.library.Library("gemini_gpt2", "FRAGMENT")
+OPERATORS.define(
+    "cast_both_ways(Tensor tensor, Tensor factor, ScalarType dtype, bool sums) -> (Tensor, Tensor, Tensor)"
+)
 
 
-def quantize(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """``tensor`` in ``dtype`` and the fp32 scalar to multiply it with to have the tensor back."""
+class Quantized(NamedTuple):
+    """A matrix in fp8, as it lies and transposed.
+
+    Attributes:
+        rows: [m, n] in fp8, contiguous.
+        columns: [n, m], the same numbers.
+        scale: fp32 scalar to multiply them with to have the tensor back.
+        strips: fp32 [strips, n], the tensor's sums over ``STRIP_ROWS`` rows each; empty where none were asked for.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    scale: torch.Tensor
+    strips: torch.Tensor
+
+
+def quantize(tensor: torch.Tensor, dtype: torch.dtype, *, sums: bool = False) -> Quantized:
+    """``tensor`` [m, n] in the fp8 of ``dtype``."""
     largest = tensor.abs().amax().float().clamp_min(SMALLEST)
     limit = torch.finfo(dtype).max
-    # the clamp catches what rounding lifts over the limit: e4m3 has no infinity, it would become NaN
-    scaled = (tensor.float() * (limit / largest)).clamp(-limit, limit)
-    return scaled.to(dtype), largest / limit
+    rows, columns, strips = torch.ops.gemini_gpt2.cast_both_ways(tensor, limit / largest, dtype, sums)
+    return Quantized(rows, columns, largest / limit, strips)
 
 
 def _product(
@@ -39,24 +65,29 @@ def _product(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values, value_scale = quantize(hidden, E4M3)
-        weights, weight_scale = quantize(weight, E4M3)
-        ctx.save_for_backward(values, value_scale, weights, weight_scale)
+        values, weights = quantize(hidden, E4M3), quantize(weight, E4M3)
+        ctx.save_for_backward(values.columns, values.scale, weights.rows, weights.scale)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         # fast_accum: sums of fewer bits, which the forward pass bears; the gradients' are whole
-        out = _product(values, weights.t().contiguous(), (value_scale, weight_scale), use_fast_accum=True)
-        return out + bias.to(out.dtype)
+        return _product(
+            values.rows,
+            weights.columns,
+            (values.scale, weights.scale),
+            bias=bias.to(torch.bfloat16),
+            use_fast_accum=True,
+        )
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (out_gradient,) = gradients
-        values, value_scale, weights, weight_scale = ctx.saved_tensors
+        value_columns, value_scale, weight_rows, weight_scale = ctx.saved_tensors
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        slopes, slope_scale = quantize(out_gradient, E5M2)
-        hidden_gradient = _product(slopes, weights, (slope_scale, weight_scale))
-        weight_gradient = _product(values.t().contiguous(), slopes.t().contiguous(), (value_scale, slope_scale))
-        bias_gradient = out_gradient.float().sum(0)
-        return hidden_gradient.to(hidden_dtype), weight_gradient.to(weight_dtype), bias_gradient.to(bias_dtype)
+        of_bias = ctx.needs_input_grad[2]
+        slopes = quantize(out_gradient, E5M2, sums=of_bias)
+        hidden_gradient = _product(slopes.rows, weight_rows, (slopes.scale, weight_scale))
+        weight_gradient = _product(value_columns, slopes.columns, (value_scale, slopes.scale))
+        bias_gradient = slopes.strips.sum(0).to(bias_dtype) if of_bias else None
+        return hidden_gradient.to(hidden_dtype), weight_gradient.to(weight_dtype), bias_gradient
 
 
 def fp8_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -71,3 +102,41 @@ def fp8_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
         bf16 [..., out].
     """
     return _Linear.apply(hidden.flatten(0, -2), weight, bias).unflatten(0, hidden.shape[:-1])
+
+
+def _cast_both_ways(
+    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``tensor`` [m, n] times the scalar ``factor`` in ``dtype``, as it lies and transposed, and with ``sums`` the sums
+    over strips of its rows.
+    """
+    limit = torch.finfo(dtype).max
+    # the clamp catches what rounding lifts over the limit: e4m3 has no infinity, it would become NaN
+    rows = (tensor.float() * factor).clamp(-limit, limit).to(dtype)
+    strips = [strip.sum(0, dtype=torch.float32) for strip in tensor.split(STRIP_ROWS)] if sums else []
+    return rows, rows.t().contiguous(), torch.stack(strips) if sums else tensor.new_empty(0, dtype=torch.float32)
+
+
+def _cast_both_ways_on_gpu(
+    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from commons.ops import triton_kernels as gpu_kernels
+
+    return gpu_kernels.cast_both_ways(tensor.contiguous(), factor, dtype, STRIP_ROWS if sums else 0)
+
+
+@torch.library.register_fake("gemini_gpt2::cast_both_ways", lib=OPERATORS)
+def _cast_both_ways_shapes(
+    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = tensor.shape
+    strips = tensor.new_empty(-(-rows // STRIP_ROWS), columns, dtype=torch.float32) if sums else None
+    return (
+        tensor.new_empty(rows, columns, dtype=dtype),
+        tensor.new_empty(columns, rows, dtype=dtype),
+        tensor.new_empty(0, dtype=torch.float32) if strips is None else strips,
+    )
+
+
+OPERATORS.impl("cast_both_ways", _cast_both_ways, "CPU")
+OPERATORS.impl("cast_both_ways", _cast_both_ways_on_gpu, "CUDA")

@@ -280,6 +280,81 @@ def norm_gradient(
     return out, summed
 
 
+# --- fp8 ------------------------------------------------------------------------------------------------------
+
+CAST_COLUMNS, CAST_ROWS, CAST_WARPS = 64, 64, 4  # a tile; as many rows as a strip of sums has, where sums are wanted
+
+
+@triton.jit
+def _cast_both_ways(
+    source,
+    factor,
+    as_it_lies,
+    transposed,
+    strips,
+    rows,
+    columns,
+    LIMIT: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile. The programs that follow one another take tiles of one strip of columns, whose transposed rows are
+    neighbours in memory.
+    """
+    strip = tl.program_id(0)
+    row = strip * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(source + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    if SUMS:
+        tl.store(strips + strip.to(tl.int64) * columns + column, tl.sum(value, 0), mask=column < columns)
+    scaled = tl.clamp(value * tl.load(factor), -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    cast = scaled.to(as_it_lies.dtype.element_ty)
+    tl.store(as_it_lies + row.to(tl.int64)[:, None] * columns + column[None, :], cast, mask=inside)
+    at = column.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(transposed + at, tl.trans(cast), mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+def cast_both_ways(
+    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, strip: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``tensor`` times ``factor`` in fp8, as it lies and transposed; see commons.ops.fp8.
+
+    Args:
+        tensor: [rows, columns], contiguous.
+        factor: fp32 scalar on the same GPU.
+        dtype: an fp8.
+        strip: rows that are summed up together; 0 sums nothing.
+
+    Returns:
+        [rows, columns] and [columns, rows] in ``dtype``, and fp32 [strips, columns], empty without sums.
+    """
+    rows, columns = tensor.shape
+    tile = strip or CAST_ROWS
+    strips = triton.cdiv(rows, tile)
+    as_it_lies = torch.empty(rows, columns, dtype=dtype, device=tensor.device)
+    transposed = torch.empty(columns, rows, dtype=dtype, device=tensor.device)
+    summed = torch.empty((strips, columns) if strip else 0, dtype=torch.float32, device=tensor.device)
+    grid: Any = (strips, triton.cdiv(columns, CAST_COLUMNS))
+    _cast_both_ways[grid](
+        tensor,
+        factor,
+        as_it_lies,
+        transposed,
+        summed,
+        rows,
+        columns,
+        torch.finfo(dtype).max,
+        strip > 0,
+        tile,
+        CAST_COLUMNS,
+        num_warps=CAST_WARPS,
+    )
+    return as_it_lies, transposed, summed
+
+
 # --- what came from other ranks -------------------------------------------------------------------------------
 
 MEAN_BLOCK, MEAN_WARPS = 2048, 8  # eight elements a thread

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
-from commons.ops.fp8 import E4M3, E5M2, fp8_linear, quantize
+from commons.ops.fp8 import E4M3, E5M2, STRIP_ROWS, fp8_linear, quantize
 from model_zoo import MODEL_SIZES, build_model
 
 
@@ -17,8 +17,9 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "step"), [(E4M3, 2**-3), (E5M2, 2**-2)])
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_quantize_keeps_numbers_of_any_size(dtype: torch.dtype, step: float, size: float) -> None:
-    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * size
-    values, scale = quantize(tensor, dtype)
+    tensor = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * size
+    values, columns, scale, strips = quantize(tensor, dtype)
+    assert torch.equal(columns.float(), values.float().t()) and columns.is_contiguous() and not strips.numel()
     assert values.float().abs().max() == torch.finfo(dtype).max or size < 1e-12
     if size > 1e-12:
         large = tensor.abs() > tensor.abs().max() * 2**-5  # smaller ones lose bits
@@ -27,8 +28,41 @@ def test_quantize_keeps_numbers_of_any_size(dtype: torch.dtype, step: float, siz
 
 
 def test_quantize_zeros() -> None:
-    values, scale = quantize(torch.zeros(16), E4M3)
-    assert values.float().eq(0).all() and scale.isfinite()
+    quantized = quantize(torch.zeros(16, 16), E4M3)
+    assert quantized.rows.float().eq(0).all() and quantized.scale.isfinite()
+
+
+@pytest.mark.parametrize("rows", [STRIP_ROWS - 1, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS])
+def test_sums_over_strips_of_rows(rows: int) -> None:
+    tensor = torch.randn(rows, 32, dtype=torch.bfloat16)
+    strips = quantize(tensor, E5M2, sums=True).strips
+    assert strips.shape == (-(-rows // STRIP_ROWS), 32)
+    assert torch.equal(strips[0], tensor[:STRIP_ROWS].float().sum(0))
+    torch.testing.assert_close(strips.sum(0), tensor.float().sum(0))
+
+
+def test_what_cannot_be_cast_is_seen() -> None:
+    """A gradient that has overflowed must not become the largest number of fp8."""
+    for bad in (float("inf"), float("nan")):
+        tensor = torch.ones(16, 16)
+        tensor[3, 4] = bad
+        assert quantize(tensor, E5M2).rows.float().isnan().any()
+        assert quantize(tensor, E5M2).columns.float().isnan().any()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 64), (80, 208), (1024, 1600), (4096, 6400)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.gpu
+def test_the_kernel_casts_as_torch_does(rows: int, columns: int, dtype: torch.dtype) -> None:
+    tensor = torch.randn(rows, columns).bfloat16()
+    tensor[0, 1] = 1000
+    for sums in (False, True):
+        wanted, got = quantize(tensor, dtype, sums=sums), quantize(tensor.cuda(), dtype, sums=sums)
+        assert torch.equal(got.rows.cpu().view(torch.uint8), wanted.rows.view(torch.uint8))
+        assert torch.equal(got.columns.cpu().view(torch.uint8), wanted.columns.view(torch.uint8))
+        torch.testing.assert_close(got.strips.cpu(), wanted.strips, rtol=1e-5, atol=1e-4)
+    tensor[2, 3] = float("inf")
+    assert quantize(tensor.cuda(), dtype).columns.float().isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
