@@ -16,9 +16,9 @@ from commons.ops import capability
 OLDEST_CAPABILITY = capability.AMPERE  # from which on Triton knows bf16
 
 
-def _on(grid: int, kernel: Any) -> Any:
-    """The kernel, to be called for ``grid`` programs."""
-    return kernel[(grid,)]
+def _on(grid: int | tuple[int, int], kernel: Any) -> Any:
+    """The kernel, to be called for ``grid`` programs, or for rows and columns of them."""
+    return kernel[grid if isinstance(grid, tuple) else (grid,)]
 
 
 def fits() -> bool:
@@ -337,8 +337,7 @@ def cast_both_ways(
     as_it_lies = torch.empty(rows, columns, dtype=dtype, device=tensor.device)
     transposed = torch.empty(columns, rows, dtype=dtype, device=tensor.device)
     summed = torch.empty((strips, columns) if strip else 0, dtype=torch.float32, device=tensor.device)
-    grid: Any = (strips, triton.cdiv(columns, CAST_COLUMNS))
-    _cast_both_ways[grid](
+    _on((strips, triton.cdiv(columns, CAST_COLUMNS)), _cast_both_ways)(
         tensor,
         factor,
         as_it_lies,
