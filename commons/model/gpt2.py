@@ -102,13 +102,13 @@ def gpt2_functions(
             commons.ops.activation_checkpointing.
         fp8: compute the blocks' linear layers in fp8; parameters and all else as they are.
         fused_gelu: apply GELU inside of matrix products, see commons.ops.feed_forward; not with fp8.
-        kernels: take the loss and the norms from commons.ops.triton_kernels.
+        kernels: take the loss, the norms and the casts to fp8 from commons.ops.triton_kernels.
         transform: applied to what should be compiled: embedding, block, and the pointwise part of the loss,
             whose matrix products gain nothing.
     """
     vocab = shape.vocab
     attend = _attend_eagerly if attention == "eager" else _attend
-    linear = fp8_linear if fp8 else _linear
+    linear: Callable = partial(fp8_linear, kernel=kernels) if fp8 else _linear
     feed: Callable = partial(_feed_forward, dropout=dropout, linear=linear)
     if fused_gelu:
         from commons.ops.feed_forward import feed_forward  # registers operators

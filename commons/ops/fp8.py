@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of every dimension, asked for by the tensor cores' kernels
@@ -45,11 +46,17 @@ class Quantized(NamedTuple):
     strips: torch.Tensor
 
 
-def quantize(tensor: torch.Tensor, dtype: torch.dtype, *, sums: bool = False) -> Quantized:
-    """``tensor`` [m, n] in the fp8 of ``dtype``."""
+def quantize(tensor: torch.Tensor, dtype: torch.dtype, *, sums: bool = False, kernel: bool = False) -> Quantized:
+    """``tensor`` [m, n] in the fp8 of ``dtype``.
+
+    Args:
+        sums: sum up strips of rows, too.
+        kernel: cast by the operator, on GPUs a kernel of commons.ops.triton_kernels.
+    """
+    cast = torch.ops.gemini_gpt2.cast_both_ways if kernel else _cast_both_ways
     largest = tensor.abs().amax().float().clamp_min(SMALLEST)
     limit = torch.finfo(dtype).max
-    rows, columns, strips = torch.ops.gemini_gpt2.cast_both_ways(tensor, limit / largest, dtype, sums)
+    rows, columns, strips = cast(tensor, limit / largest, dtype, sums)
     return Quantized(rows, columns, largest / limit, strips)
 
 
@@ -64,10 +71,11 @@ def _product(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values, weights = quantize(hidden, E4M3), quantize(weight, E4M3)
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kernel: bool) -> torch.Tensor:
+        values, weights = (quantize(tensor, E4M3, kernel=kernel) for tensor in (hidden, weight))
         ctx.save_for_backward(values.columns, values.scale, weights.rows, weights.scale)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        ctx.kernel = kernel
         # fast_accum: sums of fewer bits, which the forward pass bears; the gradients' are whole
         return _product(
             values.rows,
@@ -83,25 +91,26 @@ class _Linear(torch.autograd.Function):
         value_columns, value_scale, weight_rows, weight_scale = ctx.saved_tensors
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         of_bias = ctx.needs_input_grad[2]
-        slopes = quantize(out_gradient, E5M2, sums=of_bias)
+        slopes = quantize(out_gradient, E5M2, sums=of_bias, kernel=ctx.kernel)
         hidden_gradient = _product(slopes.rows, weight_rows, (slopes.scale, weight_scale))
         weight_gradient = _product(value_columns, slopes.columns, (value_scale, slopes.scale))
         bias_gradient = slopes.strips.sum(0).to(bias_dtype) if of_bias else None
-        return hidden_gradient.to(hidden_dtype), weight_gradient.to(weight_dtype), bias_gradient
+        return hidden_gradient.to(hidden_dtype), weight_gradient.to(weight_dtype), bias_gradient, None
 
 
-def fp8_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def fp8_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, kernel: bool = False) -> torch.Tensor:
     """``hidden @ weight + bias`` in fp8.
 
     Args:
         hidden: [..., in], any floating dtype; the leading dimensions' product and ``in`` multiples of ``MULTIPLE``.
         weight: [in, out], ``out`` a multiple of it too.
         bias: [out].
+        kernel: as ``quantize`` takes it.
 
     Returns:
         bf16 [..., out].
     """
-    return _Linear.apply(hidden.flatten(0, -2), weight, bias).unflatten(0, hidden.shape[:-1])
+    return _Linear.apply(hidden.flatten(0, -2), weight, bias, kernel).unflatten(0, hidden.shape[:-1])
 
 
 def _cast_both_ways(
@@ -113,8 +122,12 @@ def _cast_both_ways(
     limit = torch.finfo(dtype).max
     # the clamp catches what rounding lifts over the limit: e4m3 has no infinity, it would become NaN
     rows = (tensor.float() * factor).clamp(-limit, limit).to(dtype)
-    strips = [strip.sum(0, dtype=torch.float32) for strip in tensor.split(STRIP_ROWS)] if sums else []
-    return rows, rows.t().contiguous(), torch.stack(strips) if sums else tensor.new_empty(0, dtype=torch.float32)
+    return rows, rows.t().contiguous(), _sums_of_strips(tensor) if sums else tensor.new_empty(0, dtype=torch.float32)
+
+
+def _sums_of_strips(tensor: torch.Tensor) -> torch.Tensor:
+    padded = functional.pad(tensor.float(), (0, 0, 0, -len(tensor) % STRIP_ROWS))
+    return padded.unflatten(0, (-1, STRIP_ROWS)).sum(1)
 
 
 def _cast_both_ways_on_gpu(
@@ -122,7 +135,7 @@ def _cast_both_ways_on_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from commons.ops import triton_kernels as gpu_kernels
 
-    return gpu_kernels.cast_both_ways(tensor.contiguous(), factor, dtype, STRIP_ROWS if sums else 0)
+    return gpu_kernels.cast_both_ways(tensor.contiguous(), factor, dtype, STRIP_ROWS, sums)
 
 
 @torch.library.register_fake("gemini_gpt2::cast_both_ways", lib=OPERATORS)
@@ -130,11 +143,11 @@ def _cast_both_ways_shapes(
     tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, columns = tensor.shape
-    strips = tensor.new_empty(-(-rows // STRIP_ROWS), columns, dtype=torch.float32) if sums else None
+    strips = (-(-rows // STRIP_ROWS), columns) if sums else (0,)
     return (
         tensor.new_empty(rows, columns, dtype=dtype),
         tensor.new_empty(columns, rows, dtype=dtype),
-        tensor.new_empty(0, dtype=torch.float32) if strips is None else strips,
+        tensor.new_empty(strips, dtype=torch.float32),
     )
 
 

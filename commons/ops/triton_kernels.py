@@ -282,7 +282,7 @@ def norm_gradient(
 
 # --- fp8 ------------------------------------------------------------------------------------------------------
 
-CAST_COLUMNS, CAST_ROWS, CAST_WARPS = 64, 64, 4  # a tile; as many rows as a strip of sums has, where sums are wanted
+CAST_COLUMNS, CAST_WARPS = 64, 4  # of a tile, which has the rows of a strip
 
 
 @triton.jit
@@ -318,7 +318,7 @@ def _cast_both_ways(
 
 
 def cast_both_ways(
-    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, strip: int
+    tensor: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, strip: int, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``tensor`` times ``factor`` in fp8, as it lies and transposed; see commons.ops.fp8.
 
@@ -326,17 +326,17 @@ def cast_both_ways(
         tensor: [rows, columns], contiguous.
         factor: fp32 scalar on the same GPU.
         dtype: an fp8.
-        strip: rows that are summed up together; 0 sums nothing.
+        strip: rows of a tile, which are summed up together, a power of two.
+        sums: whether they are.
 
     Returns:
         [rows, columns] and [columns, rows] in ``dtype``, and fp32 [strips, columns], empty without sums.
     """
     rows, columns = tensor.shape
-    tile = strip or CAST_ROWS
-    strips = triton.cdiv(rows, tile)
+    strips = triton.cdiv(rows, strip)
     as_it_lies = torch.empty(rows, columns, dtype=dtype, device=tensor.device)
     transposed = torch.empty(columns, rows, dtype=dtype, device=tensor.device)
-    summed = torch.empty((strips, columns) if strip else 0, dtype=torch.float32, device=tensor.device)
+    summed = torch.empty((strips, columns) if sums else 0, dtype=torch.float32, device=tensor.device)
     _on((strips, triton.cdiv(columns, CAST_COLUMNS)), _cast_both_ways)(
         tensor,
         factor,
@@ -346,8 +346,8 @@ def cast_both_ways(
         rows,
         columns,
         torch.finfo(dtype).max,
-        strip > 0,
-        tile,
+        sums,
+        strip,
         CAST_COLUMNS,
         num_warps=CAST_WARPS,
     )

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from commons.model.gpt2 import BLOCK_PARAMETERS, gpt2_functions
 from commons.ops.fp8 import E4M3, E5M2, STRIP_ROWS, fp8_linear, quantize
 from model_zoo import MODEL_SIZES, build_model
+
+
+class Called(TorchDispatchMode):
+    """The names of all operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -57,21 +72,22 @@ def test_the_kernel_casts_as_torch_does(rows: int, columns: int, dtype: torch.dt
     tensor = torch.randn(rows, columns).bfloat16()
     tensor[0, 1] = 1000
     for sums in (False, True):
-        wanted, got = quantize(tensor, dtype, sums=sums), quantize(tensor.cuda(), dtype, sums=sums)
+        wanted, got = quantize(tensor, dtype, sums=sums), quantize(tensor.cuda(), dtype, sums=sums, kernel=True)
         assert torch.equal(got.rows.cpu().view(torch.uint8), wanted.rows.view(torch.uint8))
         assert torch.equal(got.columns.cpu().view(torch.uint8), wanted.columns.view(torch.uint8))
         torch.testing.assert_close(got.strips.cpu(), wanted.strips, rtol=1e-5, atol=1e-4)
     tensor[2, 3] = float("inf")
-    assert quantize(tensor.cuda(), dtype).columns.float().isnan().any()
+    assert quantize(tensor.cuda(), dtype, kernel=True).columns.float().isnan().any()
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
+def test_linear_and_its_gradients(dtype: torch.dtype, kernel: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(4, 32, 64).to(dtype).requires_grad_()
     weight = (torch.randn(64, 128) * 0.02).to(dtype).requires_grad_()
     bias = torch.randn(128).to(dtype).requires_grad_()
-    out = fp8_linear(hidden, weight, bias)
+    out = fp8_linear(hidden, weight, bias, kernel=kernel)
     slope = torch.randn_like(out)
     got = torch.autograd.grad(out, (hidden, weight, bias), slope)
     exact = hidden @ weight + bias
@@ -81,6 +97,19 @@ def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
     assert relative(out, exact) < 0.05
     assert [relative(*pair) < 0.08 for pair in zip(got[:2], wanted[:2], strict=True)] == [True, True]
     assert relative(got[2], wanted[2]) < 0.01
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_no_kernel_where_none_is_wanted(kernels: bool) -> None:
+    """Triton's need a C compiler, which a machine may lack: fp8 trains there without them."""
+    shape = MODEL_SIZES["gpt2_tiny"]
+    block = build_model(shape).transformer.h[0]
+    parameters = [block.get_parameter(name) for name in BLOCK_PARAMETERS]
+    with Called() as called:
+        out = gpt2_functions(shape, fp8=True, kernels=kernels).block(torch.randn(2, 32, shape.hidden), *parameters)
+        out.float().sum().backward()
+    # four layers, each with its input and weight, and in the backward pass the gradient
+    assert called.names.count("gemini_gpt2::cast_both_ways") == (12 if kernels else 0)
 
 
 def test_block_in_fp8_is_the_block_but_for_rounding() -> None:
