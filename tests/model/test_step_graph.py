@@ -275,7 +275,7 @@ def test_what_cannot_be_captured_is_told_with_the_way_out():
     returncode, console = run_processes([sys.executable, "-c", UNCAPTURABLE])  # which is of no use afterwards
     assert returncode == 1
     assert re.search(
-        r"could not capture the passes as CUDA graphs \(.*captur.*\): use --cuda_graph off", console, re.DOTALL
+        r"the passes could not be captured as CUDA graphs \(.*captur.*\): use --cuda_graph off", console, re.DOTALL
     )
 
 

@@ -233,4 +233,4 @@ def test_on_a_gpu_what_the_library_cannot_do_is_done_by_torch(monkeypatch):
     arguments = operands(torch.bfloat16, "cuda", 32, 24)  # a size of its own: what was prepared is kept
     for got, exact in zip(outcome(feed_forward, arguments), exact_outcome(arguments), strict=True):
         assert error(got, exact) < 1e-2
-    assert len(said) == 3 and all("passes of their own" in line for line in said)
+    assert len(said) == 3 and all("falling back to separate passes" in line for line in said)
