@@ -36,7 +36,7 @@ H100 = GPU_MODELS["H100-80GB"]
 BEFORE_KERNELS = ("28d23ef", "e687914", "029a35a", "210b4eb", "c99beee")
 BEFORE_COPIES = (*BEFORE_KERNELS, "399d281")
 BEFORE_CAPTURE = ("28d23ef", "e687914", "029a35a", "210b4eb")
-CAPTURED_TORCH = ("2e943c2",)
+CAPTURED_TORCH = ("2e943c2", "ef1e512")
 NOT_PLANNED = (("38b6125", "kept gathered"),)
 # the oldest GPUs that it may be, so that nothing is planned with Triton's kernels
 OLDER = dataclasses.replace(H100, capability=(7, 5))
