@@ -17,6 +17,7 @@ from commons.cli import flags as cli
 from commons.cli.checks import READ_UNDER, problems
 from commons.cli.layout import working_head_counts
 from commons.cli.limits import LIMITS
+from commons.config import auto
 from commons.config.resolved import DEVICE_DEFAULTS, ResolvedConfig
 from commons.config.schema import FLAG_GROUPS, FRACTIONS, PLACEMENTS, TrainConfig, as_typed, as_words
 from commons.plans.registry import ALL_PRECISIONS, PLANS
@@ -46,8 +47,9 @@ def read(*argv: str) -> tuple[ResolvedConfig, str]:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the same answers on a machine with GPUs; the checks get theirs as arguments
+    # the same answers on a machine with GPUs, or with a torch that brings Triton; the checks get theirs as arguments
     monkeypatch.setattr(cli, "find_devices", lambda wanted: ("cuda" if wanted == "cuda" else "cpu", 0))
+    monkeypatch.setattr(auto, "find_spec", lambda _name: None)
 
 
 # ---- defaults
