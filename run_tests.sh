@@ -49,6 +49,11 @@ sweep() {
         echo "run_tests.sh: killed a process left behind: $pid ($command)" >&2
         kill -KILL "$pid" 2>/dev/null || true
     done
+    for _ in {1..50}; do # on a busy machine a killed process is there for a moment more
+        mapfile -t pids < <(stragglers)
+        ((${#pids[@]})) || return 0
+        sleep 0.1
+    done
 }
 
 # Its own process group: a signal that reaches this script alone ends pytest too.
